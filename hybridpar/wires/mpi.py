@@ -106,7 +106,7 @@ class MpiAxis(Axis):
         sent = self._reachable(torch.cat([p.detach().reshape(-1) for p in pieces]))
         counts = torch.tensor([p.numel() for p in pieces], dtype=torch.int64)
         coming = torch.empty_like(counts)
-        self._comm.Alltoall(_numbers(counts), [_address(coming), 1, MPI.INT64_T])
+        self._comm.Alltoall([_address(counts), 1, MPI.INT64_T], [_address(coming), 1, MPI.INT64_T])
         got = torch.empty(int(coming.sum()), dtype=sent.dtype, device=sent.device)
         word = _WORDS[sent.element_size()]
         self._comm.Alltoallv([_address(sent), counts.tolist(), word], [_address(got), coming.tolist(), word])
