@@ -96,6 +96,11 @@ class Axis(ABC):
     def barrier(self) -> None:
         """Return when all ranks of the axis have come here."""
 
+    @property
+    def notes(self) -> Axis:
+        """The axis that carries small CPU tensors between the same ranks with tags: itself, unless it cannot."""
+        return self
+
     def piece(self, length: int) -> tuple[int, int]:
         """This index's [start, stop) of `length`, by `balanced`."""
         return balanced(length, self.size)[self.index]

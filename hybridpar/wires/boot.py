@@ -1,0 +1,61 @@
+"""Start MPI so that Horovod can live beside it.
+
+What must be true before MPI starts is set here, in the process itself, so that it holds under every launcher:
+
+    mpi4py first            it then owns MPI: Horovod joins, and never finalises MPI under our feet
+    THREAD_MULTIPLE         Horovod's background thread calls MPI while the main thread does
+    yield when idle         a rank that waits gives its core away; without it Horovod's thread starves the computation
+    OPAL_PREFIX             an Open MPI from PyPI finds its parts only through it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# What launchers tell each process they start: how many there are. A batch script's own shell is not a launched
+# process, so SLURM_NTASKS is not among them.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "MV2_COMM_WORLD_SIZE")
+
+
+def start_mpi() -> MPI.Intracomm:
+    """MPI's world, with full thread support.
+
+    Raises RuntimeError with one sentence where MPI is missing, too old, or the launcher's world did not come up.
+    """
+    if "mpi4py.MPI" not in sys.modules:
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+        if os.path.exists(os.path.join(sys.prefix, "lib", "libmpi.so")):
+            os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+    try:
+        import mpi4py
+
+        mpi4py.rc.thread_level = "multiple"
+        from mpi4py import MPI
+    except ImportError as error:
+        raise RuntimeError(
+            f"MPI is missing ({str(error).splitlines()[0]}): run `python -m hybridpar.install`, which installs one "
+            "where the machine has none"
+        ) from error
+    if MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            f"MPI was started with thread level {MPI.Query_thread()}, and Horovod beside mpi4py needs "
+            f"MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}): do not set mpi4py.rc.thread_level"
+        )
+    _check_size(MPI.COMM_WORLD.size)
+    return MPI.COMM_WORLD
+
+
+def _check_size(size: int) -> None:
+    for name in _SIZES:
+        told = os.environ.get(name, "")
+        if told.isdigit() and int(told) != size:
+            raise RuntimeError(
+                f"the launcher started {told} processes ({name}={told}) but this one sees an MPI world of {size}: "
+                f"mpirun belongs to another MPI than {sys.prefix}; use `hybridpar run`, or the mpirun of the MPI "
+                "that `hybridpar doctor` names"
+            )
