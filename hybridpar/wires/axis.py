@@ -98,8 +98,13 @@ class Axis(ABC):
 
     @property
     def notes(self) -> Axis:
-        """The axis that carries small CPU tensors between the same ranks with tags: itself, unless it cannot."""
+        """The axis that carries small CPU tensors between the same ranks, matched by tag: itself, unless it cannot."""
         return self
+
+    @property
+    def ordered(self) -> bool:
+        """Whether messages between two ranks arrive in the order in which they were sent, whatever their tags."""
+        return False
 
     def piece(self, length: int) -> tuple[int, int]:
         """This index's [start, stop) of `length`, by `balanced`."""

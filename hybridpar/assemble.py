@@ -1,0 +1,212 @@
+"""`hp.parallelize`: an unmodified module becomes this rank's part of a parallel model.
+
+    same weights everywhere?  ->  costs, boundaries  ->  tensor plan  ->  stages  ->  ties  ->  ParallelModel
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridpar.engine import Named, ParallelModel
+from hybridpar.loss import LossFunction, WeightedLoss
+from hybridpar.optim.partial import PartialSums
+from hybridpar.pipeline.executor import Executor
+from hybridpar.pipeline.partition import partition
+from hybridpar.pipeline.schedule import Schedule, build
+from hybridpar.pipeline.ties import Tie, Ties
+from hybridpar.seeds import Draw
+from hybridpar.split import Stage, Unit, estimated_costs, measured_costs, units
+from hybridpar.tensor.plan import Applied, apply
+from hybridpar.wires.axis import Axis
+from hybridpar.wires.message import Mailbox
+from hybridpar.wires.world import World
+
+
+def parallelize(
+    module: nn.Module,
+    mesh: World,
+    loss: LossFunction | None = None,
+    *,
+    schedule: str = "1f1b",
+    chunks: int | None = None,
+    plan: Mapping[str, str] | None = None,
+    chain: Sequence[str] | None = None,
+    stages: Sequence[int] | None = None,
+    costs: Sequence[float] | None = None,
+    example: Any = None,
+    sequence: bool = False,
+) -> ParallelModel:
+    """Spread `module`, built alike on every rank, over the mesh.
+
+    `loss(output, targets)` returns the mean over the samples, or is `hp.CrossEntropy()`.
+    `schedule` is "gpipe", "1f1b", "interleaved" (with `chunks` stages on each rank, 2 by default) or the path of a CSV
+    file. `plan` says what is cut along the tensor axis and `chain` in which order the parts call one another; both
+    default to the module's attributes `tensor_plan` and `chain`. Stages are balanced over `costs` (one number per part
+    of the chain), or over seconds measured on `example` inputs, or over an estimate; `stages` gives the number of parts
+    in each stage instead. `sequence` also cuts what lies between the cut layers, along the tokens.
+
+    Raises ValueError, with the numbers and a way out, for what cannot be cut.
+
+    Example:
+        >>> mesh = hp.init(tensor=2, pipeline=2)                                    # doctest: +SKIP
+        >>> model = hp.parallelize(GPT(...), mesh, loss=hp.CrossEntropy())          # doctest: +SKIP
+        >>> print(model.report)                                                     # doctest: +SKIP
+    """
+    _same_everywhere(module, mesh.everyone)
+    chunks = chunks or (2 if schedule == "interleaved" else 1)
+    if mesh.pipeline.size == 1 and not schedule.endswith(".csv"):
+        schedule, chunks = "1f1b", 1  # one rank, one stage
+    homes = build(schedule, mesh.pipeline.size, None, chunks).stage_ranks
+    bounds, weights = _bounds(module, len(homes), mesh, chain, stages, costs, example)
+    draw = Draw(mesh.seed)
+    plan = plan if plan is not None else getattr(module, "tensor_plan", {})
+    applied = apply(module, plan, mesh.tensor, draw, sequence)
+    parts = units(module, chain) if len(homes) > 1 else [("", module)]
+    all_stages = [Stage(s, parts[a:b]) for s, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+    mailbox = Mailbox(mesh.pipeline, mesh.device)
+    mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
+    first, ties = _tie(all_stages, homes, mesh.pipeline.index)
+    for stage in mine.values():
+        stage.to(mesh.device)
+    owned = [_owned(stage, first) for stage in mine.values()]
+    model = ParallelModel(
+        world=mesh,
+        stages=mine,
+        owned=owned,
+        applied=applied,
+        homes={name: homes[s] for name, s in _canonical(all_stages, first)},
+        executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, first_tag=len(ties)),
+        schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
+        draw=draw,
+        loss=None if loss is None else WeightedLoss(loss, mesh.tensor, applied.logits),
+        report=_report(all_stages, homes, weights, bounds, applied, mesh),
+    )
+    model.attach(PartialSums(mesh.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned]))
+    return model
+
+
+def _same_everywhere(module: nn.Module, everyone: Axis) -> None:
+    """Raise where ranks have built different modules, or the same with other weights."""
+    mine = {name: (tuple(t.shape), _hash(t)) for name, t in module.state_dict().items()}
+    for rank, other in enumerate(everyone.objects(mine)):
+        if other.keys() != mine.keys():
+            name = sorted(other.keys() ^ mine.keys())[0]
+            raise ValueError(f"ranks {everyone.index} and {rank} have built different modules: only one has {name}")
+        for name, (shape, value) in mine.items():
+            if other[name] != (shape, value):
+                raise ValueError(
+                    f"{name} differs between ranks {everyone.index} and {rank}: build the module after hp.init(seed=...) "
+                    "and alike on all ranks, or load the same weights before hp.parallelize"
+                )
+
+
+def _hash(t: torch.Tensor) -> int:
+    if t.is_meta:
+        return 0
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+
+
+def _bounds(
+    module: nn.Module,
+    count: int,
+    mesh: World,
+    chain: Sequence[str] | None,
+    stages: Sequence[int] | None,
+    costs: Sequence[float] | None,
+    example: Any,
+) -> tuple[tuple[int, ...], list[float]]:
+    """Where each stage begins among the parts of the chain, with the end; and what each part costs."""
+    if count == 1:
+        return (0, 1), [1.0]
+    parts = units(module, chain)
+    if stages is not None:
+        if len(stages) != count or sum(stages) != len(parts) or min(stages) < 1:
+            raise ValueError(
+                f"stages={list(stages)} must be {count} numbers of at least 1 that add up to the {len(parts)} parts of the chain"
+            )
+        return tuple(sum(stages[:s]) for s in range(count + 1)), estimated_costs(parts)
+    if costs is not None and len(costs) != len(parts):
+        raise ValueError(f"costs has {len(costs)} numbers and the chain has {len(parts)} parts")
+    if costs is not None:
+        found = [float(c) for c in costs]
+    elif example is not None:
+        # One rank measures: two on one machine would slow each other, and all must cut alike.
+        found = mesh.everyone.objects(measured_costs(parts, example) if mesh.rank == 0 else None)[0]
+    else:
+        found = estimated_costs(parts)
+    return tuple(partition(found, count)), found
+
+
+Owner = tuple[int, str]  # stage and name of a parameter's first use
+
+
+def _tie(all_stages: Sequence[Stage], homes: Sequence[int], here: int) -> tuple[dict[int, Owner], list[Tie]]:
+    """The first use of each parameter, by id, and a tie for each later stage that uses it too.
+
+    Later stages of this rank are given copies.
+    """
+    first: dict[int, Owner] = {}
+    ties: list[Tie] = []
+    for s, stage in enumerate(all_stages):
+        for name, _, p in list(stage.named()):
+            owner, _ = first.setdefault(id(p), (s, name))
+            if owner == s or any(t.copy_stage == s and t.owner_name == first[id(p)][1] for t in ties):
+                continue
+            copied = _replaced(stage, p, all_stages[owner]) if homes[s] == here else None
+            owned = p if homes[owner] == here else None
+            ties.append(Tie(len(ties), first[id(p)][1], owner, s, homes[owner], homes[s], owned, copied))
+    return first, ties
+
+
+def _replaced(stage: Stage, p: nn.Parameter, owner: Stage) -> nn.Parameter:
+    """A copy of `p`, put in its place in `stage`."""
+    copied = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+    others = set(map(id, owner.modules()))
+    for module in stage.modules():
+        for name, q in module._parameters.items():
+            if q is p:
+                if id(module) in others:
+                    raise ValueError(
+                        f"stages {owner.number} and {stage.number} both call the same {type(module).__name__}: share its "
+                        "parameters between two modules instead, or cut the chain so that one stage has both calls"
+                    )
+                module._parameters[name] = copied
+    return copied
+
+
+def _owned(stage: Stage, first: Mapping[int, Owner]) -> Named:
+    """The parameters whose first use is in `stage`, each once."""
+    return [(name, p) for name, _, p in stage.named() if first.get(id(p)) == (stage.number, name)]
+
+
+def _canonical(all_stages: Sequence[Stage], first: Mapping[int, Owner]) -> list[tuple[str, int]]:
+    """(name, stage) of every parameter of the model, each once, in the order of the stages."""
+    return [(name, stage) for stage, name in sorted(first.values(), key=lambda owner: owner[0])]
+
+
+def _report(
+    all_stages: Sequence[Stage],
+    homes: Sequence[int],
+    costs: Sequence[float],
+    bounds: Sequence[int],
+    applied: Applied,
+    mesh: World,
+) -> str:
+    """How the model was cut, in words."""
+    total = sum(costs)
+    lines = [f"{mesh.mesh}: {len(all_stages)} stage{'s' * (len(all_stages) > 1)}"]
+    for s, stage in enumerate(all_stages):
+        share = sum(costs[bounds[s] : bounds[s + 1]]) / total
+        numbers = sum(p.numel() for p in {id(p): p for p in stage.parameters()}.values())
+        names = f"{stage.names[0] or 'the whole module'}" + (f" to {stage.names[-1]}" if len(stage.names) > 1 else "")
+        lines.append(f"  stage {s} on pipeline index {homes[s]}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
+    if mesh.tensor.size > 1:
+        lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
+    return "\n".join(lines)

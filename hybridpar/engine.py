@@ -1,0 +1,253 @@
+"""A model spread over the mesh, and its steps.
+
+    train_step   forward and backward of all microbatches through the pipeline
+    eval_step    forward only; the loss
+    predict      forward only; the outputs
+
+Each rank holds its chunks of the model, sharded along the tensor axis. Parameters go by their names in the unsplit
+module everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridpar.global_view import gather, take
+from hybridpar.loss import WeightedLoss
+from hybridpar.microbatch import split_batch, to_device
+from hybridpar.pipeline.executor import Executor, Micro, Readiness
+from hybridpar.pipeline.schedule import Schedule
+from hybridpar.seeds import Draw
+from hybridpar.shard import Spec, balanced
+from hybridpar.split import Stage
+from hybridpar.tensor.plan import Applied
+from hybridpar.trace.spans import Span, Trace
+from hybridpar.wires.world import World
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+class ParallelModel:
+    """What `hp.parallelize` returns: this rank's part of the model.
+
+    `world` are the axes, `report` says in words how the model was cut.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        stages: Mapping[int, Stage],
+        owned: Sequence[Named],
+        applied: Applied,
+        homes: Mapping[str, int],
+        executor: Executor,
+        schedules: Callable[[int], Schedule],
+        draw: Draw,
+        loss: WeightedLoss | None,
+        report: str,
+    ) -> None:
+        self.world, self.report = world, report
+        self._stages, self._owned, self._applied, self._homes = stages, owned, applied, homes
+        self._executor, self._schedules, self._draw = executor, schedules, draw
+        self._loss = loss
+        self._readiness: list[Readiness] = []
+        self._spans: list[Span] = []
+        self._largest = 0
+        self.training = True
+
+    # ---- steps
+
+    def train_step(self, batch: tuple[Any, Any], microbatches: int = 1) -> float:
+        """Forward and backward of this replica's `batch` = (inputs, targets), cut into `microbatches` along dim 0.
+
+        Gradients are left in `p.grad`, scaled so that their average over the data axis is the gradient of the mean
+        loss over the whole batch. Returns that loss, the same on every rank.
+
+        Raises ValueError where the batch has fewer samples than `microbatches`.
+
+        Example:
+            >>> loss = model.train_step((ids, targets), microbatches=8)   # doctest: +SKIP
+        """
+        loss = self._with_loss(batch, microbatches, training=True)
+        self._draw.step += 1
+        return loss
+
+    @torch.no_grad()
+    def eval_step(self, batch: tuple[Any, Any], microbatches: int = 1) -> float:
+        """The mean loss over the whole batch, without dropout or gradients; the same on every rank.
+
+        Example:
+            >>> loss = model.eval_step((ids, targets), microbatches=8)    # doctest: +SKIP
+        """
+        with self._evaluating():
+            return self._with_loss(batch, microbatches, training=False)
+
+    @torch.no_grad()
+    def predict(self, inputs: Any, microbatches: int = 1) -> Tensor:
+        """The model's output for this replica's `inputs`, whole, on every rank of the replica.
+
+        Example:
+            >>> logits = model.predict(ids)                               # doctest: +SKIP
+        """
+        outputs: list[Tensor] = []
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        parts = split_batch(to_device(inputs, self.world.device), microbatches)
+        micros = [Micro(part, torch.arange(n), lambda output: outputs.append(output)) for part, n in parts]
+        with self._evaluating():
+            self._spans = self._executor.run(self._schedules(len(micros)).evaluation(), micros)
+        return self._everywhere(torch.cat(outputs) if outputs else None)
+
+    def _with_loss(self, batch: tuple[Any, Any], microbatches: int, training: bool) -> float:
+        if self._loss is None:
+            raise ValueError("this model was parallelized without a loss: hp.parallelize(module, mesh, loss=...)")
+        world, loss = self.world, self._loss
+        inputs, targets = to_device(batch, world.device)
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        parts = split_batch((inputs, targets), microbatches, self._largest)
+        sizes = [n for _, n in parts]
+        self._largest = max(self._largest, sum(sizes))
+        weights = [loss.weight(part[1], n) for part, n in parts]
+        counts = torch.zeros(world.peers.size + 1, dtype=torch.float64)  # each replica's samples, and all weights
+        counts[world.peers.index], counts[-1] = sum(sizes), sum(weights)
+        world.peers.allreduce(counts)
+        before, weight = int(counts[: world.peers.index].sum()), float(counts[-1])
+        losses: list[Tensor] = []
+        scale = world.data.size / weight if weight else 0.0
+
+        def micro(m: int) -> Micro:
+            (mine, wanted), n = parts[m]
+            start = before + sum(sizes[:m])
+
+            def finish(output: Any) -> Tensor | None:
+                total = loss.total(output, wanted, weights[m])
+                losses.append(total.detach())
+                return total * scale if training else None
+
+            return Micro(mine, torch.arange(start, start + n), finish)
+
+        schedule = self._schedules(len(parts))
+        micros = [micro(m) for m in range(len(parts))]
+        readiness = self._readiness if training else ()
+        self._spans = self._executor.run(schedule if training else schedule.evaluation(), micros, readiness)
+        speaks = losses and world.tensor.index == 0
+        value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
+        return world.everyone.allreduce(value.cpu()).item() / weight if weight else 0.0
+
+    def _everywhere(self, output: Tensor | None) -> Tensor:
+        """The last stage's output, on every rank of the replica."""
+        world = self.world
+        if output is not None and self._applied.logits is not None:
+            output = world.tensor.allgather(output, -1)
+        told = world.replica.objects(None if output is None else (output.dtype, tuple(output.shape)))
+        source = next(i for i, shape in enumerate(told) if shape is not None)
+        dtype, shape = told[source]
+        received = output.contiguous() if output is not None else torch.empty(shape, dtype=dtype, device=world.device)
+        return world.replica.broadcast(received, source)
+
+    # ---- the module's face
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that this rank owns: its shards of its stages."""
+        return (p for _, p in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name in the unsplit module, this rank's shard)."""
+        return (pair for chunk in self._owned for pair in chunk)
+
+    def chunks(self) -> list[Named]:
+        """The owned parameters of each chunk on this rank."""
+        return [list(chunk) for chunk in self._owned]
+
+    def specs(self) -> dict[str, Spec]:
+        """How each parameter of this rank is cut."""
+        return {name: self._applied.specs[name] for name, _ in self.named_parameters()}
+
+    def attach(self, one: Readiness) -> None:
+        """Tell `one` when the gradients of a chunk are about to be complete, and when they are."""
+        self._readiness.append(one)
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Training mode: dropout is on."""
+        self.training = mode
+        for stage in self._stages.values():
+            stage.train(mode)
+        return self
+
+    def eval(self) -> ParallelModel:
+        """Evaluation mode: dropout is off."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self.parameters():
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's part: its shards, under their names in the unsplit module."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The unsplit module's parameters, whole, on the CPU of every rank; all ranks call it together.
+
+        The plain module's `load_state_dict` reads it.
+        """
+        mine = dict(self.named_parameters())
+        return {name: self._whole(mine[name] if name in mine else None, name) for name in self._homes}
+
+    def full_gradients(self) -> dict[str, Tensor | None]:
+        """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
+        mine = dict(self.named_parameters())
+        return {
+            name: self._whole(mine[name].grad if name in mine else None, name, maybe=True) for name in self._homes
+        }
+
+    def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's shards from the unsplit module's `state`.
+
+        Raises ValueError where a parameter is missing or of another shape.
+        """
+        for name, p in self.named_parameters():
+            if name not in state:
+                raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
+            with torch.no_grad():
+                p.copy_(take(state[name], self._applied.specs[name], self.world.tensor.index))
+
+    def trace(self) -> Trace:
+        """What every rank of the pipeline did in the last step, in seconds from its beginning; all call it together."""
+        spans = [span for part in self.world.pipeline.objects(self._spans) for span in part]
+        start = min((span.start for span in spans), default=0.0)
+        moved = [Span(s.rank, s.kind, s.stage, s.micro, s.start - start, s.end - start) for s in spans]
+        return Trace(tuple(moved), "measured")
+
+    def _whole(self, shard: Tensor | None, name: str, maybe: bool = False) -> Tensor | None:
+        spec, home = self._applied.specs[name], self._homes[name]
+        here = self.world.pipeline.index == home
+        whole = gather(shard, spec, self.world.tensor) if here and shard is not None else None
+        source = self.world.mesh.rank(0, home, 0)
+        if maybe:
+            there = self.world.replica.objects(whole is not None)
+            if not there[source]:
+                return None
+        dtype = self.world.replica.objects(None if whole is None else whole.dtype)[source]
+        whole = whole.contiguous() if whole is not None else torch.empty(spec.shape, dtype=dtype, device=self.world.device)
+        return self.world.replica.broadcast(whole, source).cpu()
+
+    def _evaluating(self) -> _Mode:
+        return _Mode(self)
+
+
+class _Mode:
+    """Evaluation mode within a `with`, and what was before after it."""
+
+    def __init__(self, model: ParallelModel) -> None:
+        self._model, self._before = model, model.training
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._before)

@@ -1,0 +1,38 @@
+"""Between a parameter's shards and the whole: what a spec says, done to tensors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hybridpar.shard import Spec
+from hybridpar.wires.axis import Axis
+
+
+def take(whole: Tensor, spec: Spec, index: int) -> Tensor:
+    """The shard of `whole` that `index` holds, a tensor of its own.
+
+    Raises ValueError where the shape is not the spec's.
+    """
+    if tuple(whole.shape) != spec.shape:
+        raise ValueError(f"{spec.name} has shape {list(spec.shape)} in this model and {list(whole.shape)} in what is loaded")
+    if spec.dim is None:
+        return whole.clone()
+    return torch.cat([whole.narrow(spec.dim, a, b - a) for a, b in spec.held(index)], spec.dim)
+
+
+def gather(shard: Tensor, spec: Spec, axis: Axis) -> Tensor:
+    """The whole of a parameter (or of anything cut like it), from the shards along `axis`; on every rank of it."""
+    if spec.dim is None:
+        return shard.detach().clone()
+    together = axis.allgather(shard.detach(), spec.dim)
+    whole = torch.empty(spec.shape, dtype=shard.dtype, device=shard.device)
+    ranges = [r for index in range(axis.size) for r in spec.held(index)]
+    ends = [0]
+    for a, b in ranges:
+        ends.append(ends[-1] + b - a)
+    for (a, b), (start, stop) in zip(ranges, pairwise(ends)):
+        whole.narrow(spec.dim, a, b - a).copy_(together.narrow(spec.dim, start, stop - start))
+    return whole

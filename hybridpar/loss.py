@@ -1,0 +1,62 @@
+"""The loss over a batch that is spread over microbatches and replicas: sums and weights, divided once.
+
+    batch loss = sum of (weight x mean) over all microbatches of all replicas / sum of the weights
+
+The weight of a microbatch is its number of counted tokens where the loss knows it (`CrossEntropy`), else its number of
+samples. So unequal microbatches and ignored tokens count as they would in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridpar.shard import Spec
+from hybridpar.tensor.loss import CrossEntropy
+from hybridpar.wires.axis import Axis
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class WeightedLoss:
+    """A user's loss function, as a sum over what it counts and the number of what it counts."""
+
+    def __init__(self, function: LossFunction, axis: Axis, logits: Spec | None) -> None:
+        function = _known(function)
+        self._counts = isinstance(function, CrossEntropy)
+        self._weigh = function.weight if self._counts else None
+        self._cut = logits is not None
+        if self._cut and not self._counts:
+            raise ValueError(
+                f"the plan leaves the output cut over the vocabulary, which {type(function).__name__} cannot read: use "
+                "loss=hp.CrossEntropy(), or take the last layer out of the plan"
+            )
+        self._function = function.cut(axis, logits) if self._cut else function
+
+    def weight(self, targets: Any, samples: int) -> float:
+        """How much the microbatch counts."""
+        return float(self._weigh(targets)) if self._weigh is not None else float(samples)
+
+    def total(self, output: Any, targets: Any, weight: float) -> Tensor:
+        """The sum (not the mean) over what counts."""
+        if weight == 0:
+            return output.sum() * 0.0 if isinstance(output, Tensor) else torch.zeros((), requires_grad=True)
+        value = self._function(output, targets)
+        if value.dim():
+            raise ValueError(f"the loss function returned shape {list(value.shape)} and must return one number, the mean")
+        return value if self._counts else value * weight
+
+
+def _known(function: LossFunction) -> LossFunction:
+    """torch's own cross entropy as ours, which knows how many tokens it counts."""
+    if function is nn.functional.cross_entropy:
+        return CrossEntropy()
+    if type(function) is nn.CrossEntropyLoss and function.weight is None and function.reduction == "mean":
+        if function.label_smoothing == 0:
+            return CrossEntropy(ignore_index=function.ignore_index)
+    if isinstance(function, nn.Module) and getattr(function, "reduction", "mean") == "sum":
+        raise ValueError(f"{type(function).__name__}(reduction='sum') cannot be averaged over microbatches: use 'mean'")
+    return function

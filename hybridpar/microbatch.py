@@ -1,0 +1,58 @@
+"""A batch, cut into microbatches along dim 0.
+
+A batch is a tensor, or tuples, lists and dicts of them; whatever is not a tensor is given to every microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridpar.shard import balanced
+
+
+def split_batch(batch: Any, microbatches: int, largest: int = 0) -> list[tuple[Any, int]]:
+    """(part, its number of samples) for each microbatch; sizes differ by at most one.
+
+    A batch shorter than `microbatches` is refused, unless a batch of `largest` samples came before: then it is the
+    short last one of an epoch, and is cut into single samples.
+    """
+    lengths = {t.shape[0] for t in tensors(batch) if t.dim()}
+    if len(lengths) != 1:
+        raise ValueError(f"the tensors of a batch must have the same number of samples along dim 0, not {sorted(lengths)}")
+    (samples,) = lengths
+    if microbatches < 1:
+        raise ValueError(f"microbatches={microbatches}: there must be 1 or more")
+    if microbatches > samples and largest < microbatches:
+        raise ValueError(
+            f"microbatches={microbatches} is more than the {samples} samples of this replica's batch: "
+            f"use {samples} or fewer, or a larger batch"
+        )
+    pieces = balanced(samples, min(microbatches, samples))
+    return [(mapped(batch, lambda t, a=a, b=b: t[a:b] if t.dim() else t), b - a) for a, b in pieces]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with its tensors on `device`; lists become tuples."""
+    return mapped(batch, lambda t: t.to(device, non_blocking=True))
+
+
+def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`batch` with `function` applied to each tensor in it."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: mapped(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(mapped(value, function) for value in batch)
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """All tensors in `batch`."""
+    found: list[Tensor] = []
+    mapped(batch, lambda t: found.append(t) or t)
+    return found
