@@ -1,0 +1,1 @@
+"""The tests of hybridpar; `pytest` in the checkout runs them all."""
