@@ -1,0 +1,70 @@
+"""The norm of the whole model's gradient, and clipping by it.
+
+A rank holds some pieces of some parameters; pieces that several ranks hold count once, at their owner (`Spec.owned`).
+Norms of pieces are combined in float64:
+
+    (sum over ranks of sum over owned pieces of |g|^n) ^ (1/n)        the largest |g| for n = inf
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hybridpar.optim.model import Parallel
+from hybridpar.shard import Spec
+
+
+@torch.no_grad()
+def grad_norm(model: Parallel, norm_type: float = 2.0) -> Tensor:
+    """The norm of the gradient of the whole model: a float64 scalar, the same on all ranks of the replica."""
+    if norm_type <= 0:
+        raise ValueError(f"norm_type={norm_type}: a norm's exponent is positive, float('inf') included")
+    replica = model.world.replica
+    norms = [n.double().cpu() for n in (_norm(piece, norm_type) for piece in _owned_gradients(model))]
+    mine = torch.stack([*norms, torch.zeros((), dtype=torch.float64)])
+    if math.isinf(norm_type):
+        return replica.allgather(mine.max().view(1)).max()  # MPI's own maximum may drop a NaN
+    return replica.allreduce(mine.pow(norm_type).sum().view(1))[0].pow(1 / norm_type)
+
+
+def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale all gradients so that the norm of the whole model's gradient is at most `max_norm`; returns the norm.
+
+    Call it when gradients are averaged: after `optimizer.synchronize()` of hybridpar's or Horovod's optimizer, or let
+    `DistributedOptimizer(..., clip=max_norm)` do it. As in `torch.nn.utils.clip_grad_norm_`, an infinite or undefined
+    norm is returned and makes the gradients zero or undefined.
+
+    Example:
+        >>> optimizer.synchronize()                             # doctest: +SKIP
+        >>> norm = hp.clip_grad_norm_(model, max_norm=1.0)      # doctest: +SKIP
+        >>> optimizer.step()                                    # doctest: +SKIP
+    """
+    total = grad_norm(model, norm_type)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's formula, its 1e-6 included
+    for chunk in model.chunks():
+        for _, p in chunk:
+            if p.grad is not None:
+                p.grad.mul_(scale.to(p.grad.device))
+    return total
+
+
+def _owned_gradients(model: Parallel) -> Iterator[Tensor]:
+    """The pieces of this rank's gradients that this rank owns."""
+    specs, index = model.specs(), model.world.tensor.index
+    for chunk in model.chunks():
+        for name, p in chunk:
+            if p.grad is None:
+                continue
+            spec = specs.get(name) or Spec(name, tuple(p.shape))
+            for (start, stop), _ in spec.owned(index):
+                yield p.grad if spec.dim is None else p.grad.narrow(spec.dim, start, stop - start)
+
+
+def _norm(x: Tensor, norm_type: float) -> Tensor:
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float64)
+    return torch.linalg.vector_norm(x, norm_type, dtype=torch.float32 if x.element_size() <= 2 else None)

@@ -1,0 +1,174 @@
+"""The optimizer of a model that has replicas: the user's own, stepped when the gradients are averaged.
+
+    train_step          gradients leave, bucket by bucket, while the backward passes go on
+    optimizer.step()    wait for them, clip if asked, then the user's optimizer steps
+
+Horovod's wrapper makes a new optimizer of a new class and loses the state; this one keeps the user's object as `inner`
+and hands it everything but what concerns gradients. It is a `torch.optim.Optimizer` by name, since learning rate
+schedules and `GradScaler` insist on that, and never initialises the base class: the state is `inner`'s alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridpar.optim.clip import clip_grad_norm_
+from hybridpar.optim.compression import Wire
+from hybridpar.optim.model import Parallel
+from hybridpar.optim.reduce import Reducer
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Wraps `optimizer` for `model`: averages gradients over the replicas before each step.
+
+    `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
+    is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given.
+
+    Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
+    in `step(closure)`: a closure's gradients would never be averaged.
+
+    Example:
+        >>> optimizer = hp.DistributedOptimizer(torch.optim.AdamW(model.parameters()), model)   # doctest: +SKIP
+        >>> loss = model.train_step(batch, microbatches=8)                                      # doctest: +SKIP
+        >>> optimizer.step(); optimizer.zero_grad()                                             # doctest: +SKIP
+    """
+
+    _step_supports_amp_scaling = False  # else GradScaler would leave the scale to us, and `inner` would not see it
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: Parallel,
+        compression: Wire | None = None,
+        clip: float | None = None,
+        bucket_bytes: int | None = None,
+    ) -> None:
+        _check(optimizer, compression, clip)
+        self.inner, self.clip, self.norm = optimizer, clip, None
+        self._model = model
+        self._check_parameters(optimizer.param_groups)
+        self._check_complete()
+        self._reducer = Reducer(model.world.data, model.chunks(), bucket_bytes, compression)
+        model.attach(self._reducer)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """Wait for the averages, clip, and step."""
+        if closure is not None:
+            raise ValueError(
+                "step(closure) is not possible: gradients made inside a closure are not averaged over the replicas; "
+                "call model.train_step(...) and then optimizer.step()"
+            )
+        self.synchronize()
+        if self.clip is not None:
+            self.norm = clip_grad_norm_(self._model, self.clip)
+        self.inner.step()
+
+    def synchronize(self) -> None:
+        """Return when all `p.grad` are averages, ready to be looked at or changed; `step` then need not wait."""
+        self._reducer.wait()
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Here for scripts written for Horovod: after `synchronize()`, `step()` has nothing left to wait for."""
+        if self._reducer.pending:
+            raise ValueError("skip_synchronize() with gradients still on their way: call optimizer.synchronize() before")
+        yield
+
+    def share_overflow(self) -> None:
+        """Make a gradient that is not finite on one rank of the replica known to all, for a `GradScaler`.
+
+        All ranks must agree on whether to skip a step and how to scale the next one; replicas do, by the average.
+
+        Example:
+            >>> optimizer.synchronize(); optimizer.share_overflow()     # doctest: +SKIP
+            >>> scaler.step(optimizer); scaler.update()                 # doctest: +SKIP
+        """
+        self.synchronize()
+        grads = [p.grad for group in self.inner.param_groups for p in group["params"] if p.grad is not None]
+        bad = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in grads) else 1.0])
+        if self._model.world.replica.notes.allreduce(bad, "max")[0] and grads:
+            grads[0].fill_(torch.inf)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those still on their way included."""
+        self.synchronize()
+        self.inner.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the optimizer more of the model's parameters, as when they are unfrozen."""
+        given = param_group["params"]
+        param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        self._check_parameters([param_group])
+        self.inner.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The user's optimizer's."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the user's optimizer."""
+        self.inner.load_state_dict(state_dict)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The user's optimizer's; reading them waits for the averages, since `GradScaler` then changes the gradients."""
+        self.synchronize()
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:
+        """The user's optimizer's."""
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The user's optimizer's."""
+        return self.inner.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet, as while being unpickled
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return f"DistributedOptimizer({self.inner!r})"
+
+    def _check_parameters(self, groups: list[dict[str, Any]]) -> None:
+        """Every parameter in `groups` is the model's."""
+        owned = {p for chunk in self._model.chunks() for _, p in chunk}
+        for number, group in enumerate(groups):
+            for place, p in enumerate(group["params"]):
+                if p not in owned:
+                    raise ValueError(
+                        f"parameter {place} of group {number}, of shape {tuple(p.shape)}, is not one that this rank's "
+                        "part of the model owns: make the optimizer from model.parameters() after hp.parallelize(...)"
+                    )
+
+    def _check_complete(self) -> None:
+        """Every parameter of the model is trained by the optimizer, or frozen."""
+        given = {p for group in self.inner.param_groups for p in group["params"]}
+        missing = [n for chunk in self._model.chunks() for n, p in chunk if p.requires_grad and p not in given]
+        if missing:
+            raise ValueError(
+                f"the optimizer lacks {len(missing)} of the model's parameters ({', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}): give it model.parameters(), or freeze them with "
+                "requires_grad_(False)"
+            )
+
+
+def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: float | None) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS needs a closure, whose gradients are not averaged over the replicas; use another optimizer")
+    if isinstance(optimizer, DistributedOptimizer):
+        raise ValueError("this optimizer is a DistributedOptimizer already: wrap the optimizer that it was made from")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer: DistributedOptimizer(optimizer, model)")
+    if compression is not None and not isinstance(compression, Wire):
+        raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")

@@ -1,0 +1,39 @@
+"""What optimizers ask of a parallel model; the engine's model answers, and so does a few lines in a test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch.nn import Parameter
+
+from hybridpar.shard import Spec
+
+if TYPE_CHECKING:
+    from hybridpar.wires.world import World
+
+Chunks = list[list[tuple[str, Parameter]]]  # per chunk, its parameters in order of registration
+
+
+class Reducing(Protocol):
+    """Something that handles gradients while a chunk's last backward pass runs."""
+
+    def arm(self, chunk: int) -> None:
+        """The next backward pass of `chunk` is the last one of this step."""
+
+    def flush(self, chunk: int) -> None:
+        """That pass is over."""
+
+
+class Parallel(Protocol):
+    """A model cut over ranks, as optimizers see it."""
+
+    world: World
+
+    def chunks(self) -> Chunks:
+        """The parameters that this rank holds and owns, chunk by chunk."""
+
+    def specs(self) -> dict[str, Spec]:
+        """The spec of each parameter, by its name in `chunks`; one without a spec is whole on every tensor rank."""
+
+    def attach(self, reducer: Reducing) -> None:
+        """Tell `reducer` of each chunk's last backward pass from now on, in the order in which reducers came."""
