@@ -3,9 +3,9 @@
     costs 3 1 1 1 2, 2 stages:     3 1 | 1 1 2     slowest stage 4
     speeds 1 and 2:                3 | 1 1 1 2     3 / 1 and 5 / 2, slowest 3
 
-Dynamic programming over prefixes, twice: the first pass finds the least time of the slowest stage, the second, among all
-cuts that reach it, the evenest one (least sum of squares). Stages grow backwards from where they end, and
-growing stops once the stage alone is as bad as the best cut known, so the work is about S L * (layers per stage).
+Dynamic programming over prefixes, twice: the first pass finds the least time of the slowest stage, the second, among
+all cuts that reach it, the evenest one (least sum of squares). Stages grow backwards from where they end, and growing
+stops once the stage alone is worse than the best cut known, so 1,000 layers and 64 stages take about a second.
 The problem is that of Pinar and Aykanat 2004, https://doi.org/10.1016/j.jpdc.2004.05.003.
 """
 

@@ -20,7 +20,7 @@ from hybridpar.pipeline.action import Action, Kind
 from hybridpar.pipeline.order import replay
 from hybridpar.pipeline.weave import rounds, strands, weave, with_reductions
 
-__all__ = ["Action", "Kind", "Schedule", "build", "forward_only", "gpipe", "interleaved", "one_f_one_b"]
+__all__ = ["Action", "Kind", "Schedule", "build", "forward_only", "gpipe", "interleaved", "one_f_one_b", "read"]
 
 Row = tuple[Action, ...]
 
@@ -85,7 +85,7 @@ class Schedule:
 
     def _check_stages(self) -> None:
         if self.microbatches < 1 or not self.stages:
-            raise ValueError(f"{self.stages} stages and {self.microbatches} microbatches; there must be 1 of each or more")
+            raise ValueError(f"{self.stages} stages and {self.microbatches} microbatches; have 1 or more of each")
         for stage, rank in enumerate(self.stage_ranks):
             if not 0 <= rank < self.ranks:
                 raise ValueError(f"stage {stage} is held by rank {rank}, and the ranks are 0 to {self.ranks - 1}")
@@ -111,8 +111,9 @@ class Schedule:
     def _check_reduce(self, where: str, action: Action, done: dict[Action, tuple[int, int]]) -> None:
         if action.micro is not None:
             raise ValueError(f"{where}: a reduction is of a whole stage, write {action.stage}R")
+        row = self.actions[self.stage_ranks[action.stage]]
         for backward in action.needs(self.stages, self.microbatches):
-            if backward not in done:
+            if backward not in done and backward in row:  # one that is nowhere is named as missing, later
                 raise ValueError(f"{where}: the backward {backward} does not come before it")
 
     def _check_complete(self, done: dict[Action, tuple[int, int]]) -> None:
@@ -137,7 +138,7 @@ class Schedule:
         last backward of each stage. A text without B is a schedule for evaluation. Raises ValueError
         on an unknown cell, naming its row and column (from 1), and whatever `validate` refuses.
         """
-        rows = tuple(_row(name, i, cells) for i, cells in enumerate(csv.reader(text.splitlines()), start=1))
+        rows = tuple(_row(name, i, cells) for i, cells in enumerate(csv.reader(text.rstrip().splitlines()), start=1))
         cells = [(rank, action) for rank, row in enumerate(rows) for action in row]
         homes: dict[int, int] = {}
         for rank, action in cells:
@@ -205,7 +206,13 @@ def build(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule
         (0, 1, 0, 1)
     """
     if name.endswith(".csv"):
-        return _read(name, ranks, microbatches)
+        schedule = read(name)
+        if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
+            raise ValueError(
+                f"schedule {name} is for {schedule.ranks} ranks and {schedule.microbatches} microbatches, "
+                f"and {ranks} ranks with {microbatches} microbatches were asked for"
+            )
+        return schedule
     match name:
         case "gpipe" | "1f1b" if chunks != 1:
             raise ValueError(f"{name} has 1 stage per rank and chunks={chunks} was asked for; use interleaved")
@@ -218,18 +225,13 @@ def build(name: str, ranks: int, microbatches: int, chunks: int = 1) -> Schedule
     raise ValueError(f"no schedule is called {name!r}; take gpipe, 1f1b, interleaved or a file that ends in .csv")
 
 
-def _read(name: str, ranks: int, microbatches: int) -> Schedule:
+def read(path: str) -> Schedule:
+    """The validated schedule in a CSV file. Raises ValueError where it cannot be read or executed."""
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # as spreadsheets write it
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"schedule {name} cannot be read: {error}") from None
-    schedule = Schedule.from_csv(text, name)
-    if (schedule.ranks, schedule.microbatches) != (ranks, microbatches):
-        raise ValueError(
-            f"schedule {name} is for {schedule.ranks} ranks and {schedule.microbatches} microbatches, "
-            f"and {ranks} ranks with {microbatches} microbatches were asked for"
-        )
-    return schedule
+        raise ValueError(f"schedule {path} cannot be read: {error}") from None
+    return Schedule.from_csv(text, path)
 
 
 def _woven(name: str, ranks: int, microbatches: int, chunks: int, warmup: Callable[[int], int]) -> Schedule:

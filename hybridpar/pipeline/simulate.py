@@ -8,6 +8,7 @@ on beside the work, one after another on each rank, and the step ends when the l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from statistics import median
 
 from hybridpar.pipeline.action import Action, Kind
@@ -31,9 +32,22 @@ class Cost:
     transfer: tuple[tuple[float, ...], ...]
     reduce: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for what in ("forward", "backward", "reduce", "transfer"):
+            for index, value in enumerate(getattr(self, what)):
+                for seconds in value if what == "transfer" else (value,):
+                    if not (isfinite(seconds) and seconds >= 0):
+                        raise ValueError(f"{what}[{index}] takes {seconds} seconds; times are finite and not negative")
+
     @classmethod
     def even(
-        cls, stages: int, ranks: int, forward: float = 1.0, backward: float = 2.0, transfer: float = 0.0, reduce: float = 0.0
+        cls,
+        stages: int,
+        ranks: int,
+        forward: float = 1.0,
+        backward: float = 2.0,
+        transfer: float = 0.0,
+        reduce: float = 0.0,
     ) -> Cost:
         """The same for all stages and all pairs of ranks."""
         links = tuple(tuple(0.0 if p == q else transfer for q in range(ranks)) for p in range(ranks))
@@ -51,9 +65,8 @@ class Cost:
 
     def seconds(self, action: Action) -> float:
         """How long `action` takes."""
-        return {Kind.FORWARD: self.forward, Kind.BACKWARD: self.backward, Kind.REDUCE: self.reduce}[action.kind][
-            action.stage
-        ]
+        table = {Kind.FORWARD: self.forward, Kind.BACKWARD: self.backward, Kind.REDUCE: self.reduce}
+        return table[action.kind][action.stage]
 
 
 def simulate(schedule: Schedule, cost: Cost) -> Trace:
@@ -71,10 +84,10 @@ def simulate(schedule: Schedule, cost: Cost) -> Trace:
     computes, reduces = [0.0] * schedule.ranks, [0.0] * schedule.ranks  # when each rank is free to
     spans = []
     for rank, action in replay(schedule.actions, schedule.stages, schedule.microbatches):
-        come = [end[n] + cost.transfer[schedule.stage_ranks[n.stage]][rank] for n in action.needs(
-            schedule.stages, schedule.microbatches)]
+        needs = action.needs(schedule.stages, schedule.microbatches)
+        come = [end[need] + cost.transfer[schedule.stage_ranks[need.stage]][rank] for need in needs]
         free = reduces if action.kind is Kind.REDUCE else computes
-        start = max(computes[rank], free[rank], *come) if come else max(computes[rank], free[rank])
+        start = max([computes[rank], free[rank], *come])
         end[action] = free[rank] = start + cost.seconds(action)
         spans.append(Span(rank, action.kind.value, action.stage, action.micro, start, end[action]))
     return Trace(tuple(sorted(spans, key=lambda span: (span.rank, span.start, span.end))), schedule.name)

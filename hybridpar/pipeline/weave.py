@@ -2,17 +2,18 @@
 
     rank p does    warm-up forwards | then one forward, one backward, in turns | then the backwards that are left
 
-    gpipe          M                              Huang et al. 2019, https://arxiv.org/abs/1811.06965, figure 2c
-    1f1b           P - 1 - p                      Narayanan et al. 2019 (PipeDream), https://doi.org/10.1145/3341301.3359646;
-                                                  with a flush: Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, figure 4
+    gpipe          M                              Huang et al. 2019, figure 2c
+    1f1b           P - 1 - p                      Narayanan et al. 2019 (PipeDream), with a flush: 2021, figure 4
     interleaved    2 (P - 1 - p) + (V - 1) G      Narayanan et al. 2021, figure 4 and section 2.2
 
 P ranks, p this rank, M microbatches, V stages (chunks) per rank; stage s is on rank s % P.
+Huang: https://arxiv.org/abs/1811.06965. Narayanan: https://doi.org/10.1145/3341301.3359646 and
+https://arxiv.org/abs/2104.04473.
 
 Interleaving goes in rounds: a rank takes G microbatches through its first stage, the same through its second
-and so on. Narayanan et al. have G = P, so M must be a multiple of P. Here M is cut into M // P rounds as equal as can be,
-each of P microbatches or more, so that no rank runs dry between two rounds: the bubble is (P - 1) / (V M + P - 1) for
-every M >= P. With fewer microbatches than ranks there is one round of M.
+and so on. Narayanan et al. have G = P, so M must be a multiple of P. Here M is cut into M // P rounds as equal as
+can be, each of P microbatches or more, so that no rank runs dry between two rounds: idle time is (P - 1) / (V M) of
+the work for every M >= P. With fewer microbatches than ranks there is one round of M. G is the longest round.
 """
 
 from __future__ import annotations
