@@ -13,7 +13,6 @@ import json
 import linecache
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hybridpar.install import mpi
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 120.0
@@ -49,13 +50,8 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with what MPI needs to start from here, as root and on few cores too."""
-    env = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    here = Path(sys.executable).parent
-    env["PATH"] = os.pathsep.join([str(here), env.get("PATH", os.defpath)])
-    if (Path(sys.prefix) / "lib" / "libmpi.so").exists():
-        env["OPAL_PREFIX"] = sys.prefix  # an Open MPI from PyPI finds its parts only through it
-    return env
+    """Ours, with what MPI jobs need here."""
+    return mpi.settings(os.environ, Path(sys.executable).parent, Path(sys.prefix))
 
 
 class Launch:
@@ -116,12 +112,7 @@ class Launch:
             lines.close()
 
     def _started(self, root: Path) -> subprocess.Popen[bytes]:
-        beside = Path(sys.executable).with_name("mpirun")
-        mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-        if mpirun is None:
-            raise LaunchFailed(f"no mpirun beside {sys.executable} nor on the PATH: `make test` sets one up")
-        command = [mpirun, "-np", str(self.size), "--bind-to", "none", "--oversubscribe"]
-        command += [sys.executable, "-m", "tests.ranks.worker", str(self._folder)]
+        command = mpi.mpirun(self.size, [sys.executable, "-m", "tests.ranks.worker", str(self._folder)])
         env = environment() | {
             "OMP_NUM_THREADS": "1",
             "OMPI_MCA_mpi_yield_when_idle": "1",
@@ -131,9 +122,12 @@ class Launch:
         env["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [env.get("PYTHONPATH")])])
         with open(self._folder / "mpirun.log", "w") as log:
             # A session of its own: Ctrl-C reaches pytest alone, which ends the launch in order.
-            return subprocess.Popen(
-                command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            try:
+                return subprocess.Popen(
+                    command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            except FileNotFoundError as error:
+                raise LaunchFailed(f"no mpirun beside {sys.executable} nor on PATH: `make test` sets one up") from error
 
     def _await_ready(self) -> None:
         limit, broken = time.monotonic() + _START_SECONDS, ""

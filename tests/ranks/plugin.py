@@ -13,7 +13,7 @@ import pytest
 from tests.ranks.launch import Launch, LaunchFailed
 from tests.ranks.verdict import merged, refused
 
-# A rank reads the same configuration, but it prints nothing itself, its output goes to a file, and the time limit is ours.
+# A rank reads the same configuration as we do, but its output goes to a file, and its stacks to another.
 _RANK_OPTIONS = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "--capture=no"]
 
 
@@ -106,7 +106,7 @@ class _Launcher:
 
     def _new_folder(self, kind: str) -> Path:
         if self._folder is None:
-            self._folder = self._config._tmp_path_factory.mktemp("ranks")  # pytest keeps the last three and removes older
+            self._folder = self._config._tmp_path_factory.mktemp("ranks")  # pytest removes old ones
         self._count += 1
         folder = self._folder / f"{kind}-{self._count}"
         folder.mkdir()

@@ -26,7 +26,8 @@ def merged(config: pytest.Config, item: pytest.Item, run: Run) -> list[pytest.Te
         return _of_rank(config, run, 0)
     if any(record["outcome"] == "skipped" for record in run.ended.values()):
         return [refused(item, f"A test skips on all of its {run.size} ranks or on none{_others(run)}")]
-    return [refused(item, f"Not done after {run.timeout:g} s, {len(run.waiting)} of {run.size} ranks wait{_others(run)}")]
+    late = f"{len(run.waiting)} of {run.size} ranks wait"
+    return [refused(item, f"Not done after {run.timeout:g} s, {late}{_others(run)}")]
 
 
 def refused(item: pytest.Item, text: str) -> pytest.TestReport:

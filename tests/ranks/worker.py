@@ -6,24 +6,21 @@ All coordination is in files: a rank that is stuck in MPI can still be seen, ask
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import mpi4py
+import pytest
 
-mpi4py.rc.thread_level = "multiple"
-from mpi4py import MPI  # noqa: E402  first of all: Horovod needs an MPI that runs, with all threads
-
-import faulthandler  # noqa: E402
-import json  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
-
-import pytest  # noqa: E402
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 class RankPlugin:
@@ -70,8 +67,8 @@ class RankPlugin:
         self.say({"pid": os.getpid(), "thread": threading.main_thread().ident})
         following = {item.nodeid: after for item, after in zip(session.items, [*session.items[1:], None])}
         found = {item.nodeid: item for item in session.items}
-        for self._order in self._ordered():
-            test = self._order["test"]
+        for order in self._ordered():
+            test, self._order = order["test"], order
             self._reports, self._printed = [], self._log.stat().st_size
             session.config.hook.pytest_runtest_protocol(item=found[test], nextitem=following[test])
             self.say(self._record(session.config))
@@ -118,7 +115,18 @@ class RankPlugin:
         }
 
 
+def start_mpi() -> ModuleType:
+    """MPI with all threads, before torch or Horovod could load it with fewer."""
+    import mpi4py
+
+    mpi4py.rc.thread_level = "multiple"
+    from mpi4py import MPI
+
+    return MPI
+
+
 def main(folder: Path) -> NoReturn:
+    MPI = start_mpi()
     plan, rank = json.loads((folder / "plan.json").read_text()), MPI.COMM_WORLD.rank
     log = os.open(folder / f"rank-{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
