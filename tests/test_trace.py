@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -150,3 +153,20 @@ def test_a_simulated_report_has_the_picture_the_figures_and_the_files(tmp_path):
 def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="a.svg cannot be written: No such file or directory; name a file in a folder"):
         simulate(svg=tmp_path / "no-folder" / "a.svg")
+
+
+def test_the_page_on_schedules_shows_what_its_commands_print(tmp_path, monkeypatch):
+    runner = pytest.importorskip("click.testing").CliRunner()
+    from hybridpar.cli import main
+
+    page = (Path(__file__).parent.parent / "docs" / "schedules.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name, text in re.findall(r"`(\w+\.csv)`:\n\n```csv\n(.*?)```", page, re.DOTALL):
+        Path(name).write_text(text)
+    commands = re.findall(r"```console\n\$ hybridpar (.*?)\n(.*?)```", page, re.DOTALL)
+    assert len(commands) == 7
+    for command, shown in commands:
+        assert runner.invoke(main, shlex.split(command)).output == shown
+    assert all(Path(f"schedule.{kind}").exists() for kind in ("svg", "json", "csv"))
+    examples = doctest.DocTestParser().get_doctest(page, {}, "docs/schedules.md", None, 0)
+    assert doctest.DocTestRunner().run(examples).failed == 0

@@ -124,7 +124,7 @@ class Schedule:
                 wanted += [Action(Kind.BACKWARD, stage, micro) for micro in micros] + [Action(Kind.REDUCE, stage)]
             for action in wanted:
                 if action not in done:
-                    raise ValueError(f"rank {rank}, after position {len(self.actions[rank]) - 1}: {action} is missing")
+                    raise ValueError(f"rank {rank}: {action} is missing from its row")
 
     def to_csv(self) -> str:
         """One line per rank, its actions in order, with commas between them."""
