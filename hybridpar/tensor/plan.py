@@ -1,0 +1,243 @@
+"""Plans for tensor parallelism: which module is cut how, as data.
+
+    {"embed.token": "vocabulary", "blocks.*.mlp.up": "column", "blocks.*.mlp.down": "row", ...}
+
+    style             the module becomes                           input -> output, under sequence parallelism
+    column            ColumnLinear                                 piece of the tokens -> all tokens, own features
+    row               RowLinear                                    all tokens, own features -> piece of the tokens
+    vocabulary        VocabularyEmbedding                          all ids -> piece of the tokens
+    sequence          SequenceEmbedding                            all ids -> piece of the tokens
+    attention         itself, with this index's heads              piece of the tokens -> piece of the tokens
+    norm              itself                                       piece of the tokens -> piece of the tokens
+    dropout           Dropout                                      piece of the tokens -> piece of the tokens
+    hidden dropout    Dropout between column and row layer         own features -> own features
+    partial           itself, on this index's heads or features    own part -> own part
+    whole             itself                                       all tokens -> all tokens
+
+A `*` stands for one component of a dotted name, or a part of one; the first pattern that fits a module counts.
+Modules without an entry stay as they are and are reported; but every nn.Dropout becomes one whose masks do not depend
+on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from hybridpar.seeds import Draw
+from hybridpar.shard import Spec
+from hybridpar.tensor import attention, norm
+from hybridpar.tensor.dropout import Dropout, restart
+from hybridpar.tensor.sequence import Sequence
+from hybridpar.tensor.styles import STYLES, Layer, Site, build
+from hybridpar.wires.axis import Axis
+
+_DRAWS = nn.AlphaDropout | nn.FeatureAlphaDropout | nn.MultiheadAttention | nn.RNNBase | nn.RReLU
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of a module.
+
+    `specs` has every parameter once, by its global name; `tied` gives for each other name of a tied parameter the one
+    it has in `specs`. `replicated` lists (module, reason) for what the plan does not speak of. `logits` is the spec of
+    the last layer's weight where that is a column layer: the output is then cut along its last dim as `logits.parts`.
+    """
+
+    specs: dict[str, Spec]
+    tied: dict[str, str] = field(default_factory=dict)
+    replicated: tuple[tuple[str, str], ...] = ()
+    logits: Spec | None = None
+
+
+def apply(
+    module: nn.Module,
+    plan: Mapping[str, str],
+    axis: Axis,
+    draw: Draw,
+    sequence: bool = False,
+    names: Mapping[str, str] | None = None,
+) -> Applied:
+    """Cut `module` in place by `plan`; every rank of `axis` calls it with the same whole module.
+
+    With `names`, `module` is a part of a model: {prefix in it: prefix in the model}. Patterns and results speak of the
+    model's names, and a pattern may match nothing here. Tied parameters stay one object and must be cut alike.
+    ValueError for a pattern that matches nothing, an unknown style, and what cannot be cut.
+
+    Example:
+        >>> model = nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
+        >>> applied = apply(model, {"up": "column", "down": "row"}, Alone("tensor"), Draw(seed=0))
+        >>> applied.specs["down.weight"].dim
+        1
+    """
+    rename = _renamer(names or {})
+    modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
+    styles = _match(plan, list(modules), everything=names is None)
+    _refuse({name: child for name, (_, child) in modules.items()}, styles, sequence)
+    tokens = Sequence(axis, draw) if sequence else None
+    ties = _ties(module)
+    done: dict[int, nn.Module] = {}
+    for name in sorted(modules, key=lambda n: "dropout" in (styles.get(n) or "dropout")):  # hidden ones ask columns
+        local, child = modules[name]
+        above, _, leaf = local.rpartition(".")
+        parent = module.get_submodule(above)
+        if not local or getattr(parent, leaf) is not child:
+            continue  # the root, or its parent has dealt with it
+        if id(child) not in done:
+            done[id(child)] = build(styles.get(name), Site(name, child, parent, axis, draw, tokens))
+        setattr(parent, leaf, done[id(child)])
+    for parent in module.modules():
+        if any(isinstance(child, Dropout) for child in parent.children()):
+            parent.register_forward_pre_hook(restart)
+    specs = _specs(module, styles, rename, sequence)
+    tied = _tie(module, ties, specs, rename)
+    logits = _logits(styles, list(modules), specs)
+    specs = {name: spec for name, spec in specs.items() if name not in tied}
+    return Applied(specs, tied, _replicated(module, styles, rename), logits)
+
+
+def _renamer(names: Mapping[str, str]) -> Callable[[str], str]:
+    """From names in the part to names in the model: the longest prefix counts."""
+
+    def rename(name: str) -> str:
+        head, tail = name, ""
+        while head and head not in names:
+            head, _, last = head.rpartition(".")
+            tail = f"{last}.{tail}" if tail else last
+        return ".".join(filter(None, (names.get(head, head), tail)))
+
+    return rename
+
+
+def _match(plan: Mapping[str, str], names: list[str], everything: bool) -> dict[str, str]:
+    """The style of each name that a pattern fits, in the order of `names`."""
+    styles: dict[str, str] = {}
+    for pattern, style in plan.items():
+        if style not in STYLES:
+            raise ValueError(f'tensor plan: "{pattern}" has the style "{style}"; the styles are {", ".join(STYLES)}')
+        found = [name for name in names if _fits(pattern, name)]
+        if everything and not found:
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[1:4]
+            raise ValueError(f'tensor plan: "{pattern}" matches no module; the nearest are {", ".join(near)}')
+        for name in found:
+            styles.setdefault(name, style)
+    return {name: styles[name] for name in names if name in styles}
+
+
+def _fits(pattern: str, name: str) -> bool:
+    parts, components = pattern.split("."), name.split(".")
+    return len(parts) == len(components) and all(map(fnmatchcase, components, parts))
+
+
+def _style(name: str, styles: Mapping[str, str]) -> str | None:
+    """The style of a module, or of the nearest module around it that has one."""
+    while name and name not in styles:
+        name = name.rpartition(".")[0]
+    return styles.get(name)
+
+
+def _beside(styles: Mapping[str, str], name: str) -> set[str]:
+    """The styles of the modules with the same parent."""
+    above = name.rpartition(".")[0]
+    return {style for other, style in styles.items() if other.rpartition(".")[0] == above}
+
+
+def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequence: bool) -> None:
+    """ValueError for modules of which only the plan can say what they see, and it does not."""
+    for name, child in modules.items():
+        masks = isinstance(child, nn.Dropout) and child.p > 0
+        weights = any(True for _ in child.parameters(recurse=False))
+        around = _style(name, styles)
+        if not masks and not weights or name in styles and not (around == "attention" and weights):
+            continue
+        if around == "attention":
+            if name.rpartition(".")[2] not in attention.CHILDREN or name in styles:
+                raise ValueError(
+                    f"{name} is inside an attention that is cut by heads, and only {', '.join(attention.CHILDREN)} are "
+                    f'known there: give it the style "partial" if it sees the heads, else "norm" or "dropout"'
+                )
+        elif around is None and sequence:
+            raise ValueError(
+                f"{name or 'the model itself'} has no entry in the tensor plan, which under sequence parallelism must "
+                f'say what it sees: "norm" or "dropout" for a piece of the tokens, "whole" for all of them'
+            )
+        elif around is None and {"column", "row"} <= _beside(styles, name):
+            between = "hidden dropout" if masks else "partial"
+            raise ValueError(
+                f"{name} has no entry in the tensor plan and stands beside a column and a row layer: it is "
+                f'"{between}" if it works between them, else "{"dropout" if masks else "norm"}"'
+            )
+
+
+def _ties(module: nn.Module) -> list[list[str]]:
+    """The local names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _specs(
+    module: nn.Module, styles: Mapping[str, str], rename: Callable[[str], str], sequence: bool
+) -> dict[str, Spec]:
+    """The spec of every parameter under each of its global names."""
+    specs = {}
+    for local, child in module.named_modules(remove_duplicate=False):
+        name = rename(local)
+        own = child.specs() if isinstance(child, Layer) else {}
+        for leaf, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            whole = norm.spec(leaf, parameter, _style(name, styles), sequence)
+            spec = own.get(leaf, whole).renamed(name)
+            specs[spec.name] = spec
+    return specs
+
+
+def _tie(
+    module: nn.Module, ties: list[list[str]], specs: Mapping[str, Spec], rename: Callable[[str], str]
+) -> dict[str, str]:
+    """Make each tied parameter one object again; returns {its other names: its first}."""
+    tied = {}
+    for first, *others in ties:
+        parameter, spec = module.get_parameter(first), specs[_global(first, rename)]
+        for other in others:
+            name = _global(other, rename)
+            if replace(specs[name], name=spec.name) != spec:
+                raise ValueError(
+                    f"{spec.name} and {name} are one parameter and the tensor plan cuts them differently; "
+                    f"give both modules styles that go together (vocabulary and column, for one)"
+                )
+            above, _, leaf = other.rpartition(".")
+            setattr(module.get_submodule(above), leaf, parameter)
+            tied[name] = spec.name
+    return tied
+
+
+def _global(parameter: str, rename: Callable[[str], str]) -> str:
+    above, _, leaf = parameter.rpartition(".")
+    return ".".join(filter(None, (rename(above), leaf)))
+
+
+def _replicated(
+    module: nn.Module, styles: Mapping[str, str], rename: Callable[[str], str]
+) -> tuple[tuple[str, str], ...]:
+    """(module, reason) for what the plan does not speak of."""
+    found = []
+    for local, child in module.named_modules():
+        name = rename(local)
+        if isinstance(child, _DRAWS):
+            found.append((name, f"{type(child).__name__} draws from torch's generator: its masks depend on the layout"))
+        elif _style(name, styles) is None and any(True for _ in child.parameters(recurse=False)):
+            found.append((name, "no entry in the tensor plan"))
+    return tuple(found)
+
+
+def _logits(styles: Mapping[str, str], names: Iterable[str], specs: Mapping[str, Spec]) -> Spec | None:
+    """The spec of the last cut layer's weight, if it is a column layer that no row layer follows."""
+    cut = [name for name in names if styles.get(name) in ("column", "row", "attention")]
+    if not cut or styles[cut[-1]] != "column" or "row" in _beside(styles, cut[-1]):
+        return None
+    return specs.get(f"{cut[-1]}.weight")

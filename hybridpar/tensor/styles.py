@@ -1,0 +1,114 @@
+"""What each style of a tensor plan makes of a module.
+
+`build` gives the module that takes the place of another, which may be the same one. Styles that replace nothing say
+only what the module's inputs are; the plan turns that into specs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hybridpar.seeds import Draw
+from hybridpar.tensor import attention, norm
+from hybridpar.tensor.dropout import Cut, Dropout, Held
+from hybridpar.tensor.embedding import SequenceEmbedding, VocabularyEmbedding
+from hybridpar.tensor.linear import ColumnLinear, RowLinear
+from hybridpar.tensor.sequence import Sequence
+from hybridpar.wires.axis import Axis
+
+Layer = ColumnLinear | RowLinear | VocabularyEmbedding | SequenceEmbedding  # those with specs of their own
+Channels = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module, where it stands, and what its replacement needs."""
+
+    name: str  # global
+    module: nn.Module
+    parent: nn.Module
+    axis: Axis
+    draw: Draw
+    sequence: Sequence | None
+
+
+def build(style: str | None, site: Site) -> nn.Module:
+    """The module that stands at `site` from now on. Without a style only a dropout changes.
+
+    ValueError where the style does not go with the module.
+    """
+    if style is not None:
+        return STYLES[style](site)
+    return _masked(site, None) if isinstance(site.module, nn.Dropout | Channels) else site.module
+
+
+def _column(site: Site) -> nn.Module:
+    return ColumnLinear(site.module, site.axis, sequence=site.sequence, name=site.name)
+
+
+def _row(site: Site) -> nn.Module:
+    return RowLinear(site.module, site.axis, sequence=site.sequence, name=site.name)
+
+
+def _vocabulary(site: Site) -> nn.Module:
+    return VocabularyEmbedding(site.module, site.axis, site.sequence, site.name)
+
+
+def _sequence(site: Site) -> nn.Module:
+    return SequenceEmbedding(site.module, site.sequence, site.name)
+
+
+def _attention(site: Site) -> nn.Module:
+    attention.shard(site.module, site.axis, site.draw, site.sequence, site.name)
+    return site.module
+
+
+def _norm(site: Site) -> nn.Module:
+    norm.check(site.module, site.sequence is not None, site.name)
+    return site.module
+
+
+def _whole(site: Site) -> nn.Module:
+    return build(None, site)
+
+
+def _partial(site: Site) -> nn.Module:
+    return site.module
+
+
+def _dropout(site: Site) -> nn.Module:
+    return _masked(site, site.sequence)
+
+
+def _hidden_dropout(site: Site) -> nn.Module:
+    columns = [child for child in site.parent.children() if isinstance(child, ColumnLinear)]
+    if len({column.parts for column in columns}) != 1:
+        raise ValueError(
+            f'{site.name}: style "hidden dropout" takes its cut from the column layers beside it, and there are '
+            f"{len(columns)} of {len({column.parts for column in columns})} different cuts"
+        )
+    return _masked(site, Held(-1, columns[0].parts[site.axis.index]))
+
+
+def _masked(site: Site, cut: Cut | None) -> nn.Module:
+    if not isinstance(site.module, nn.Dropout | Channels):
+        raise ValueError(f'{site.name} is a {type(site.module).__name__} and style "dropout" is for nn.Dropout')
+    channels = not isinstance(site.module, nn.Dropout)
+    return Dropout(site.module.p, site.name, site.draw, cut, channels).train(site.module.training)
+
+
+STYLES: dict[str, Callable[[Site], nn.Module]] = {
+    "column": _column,
+    "row": _row,
+    "vocabulary": _vocabulary,
+    "sequence": _sequence,
+    "attention": _attention,
+    "norm": _norm,
+    "dropout": _dropout,
+    "hidden dropout": _hidden_dropout,
+    "partial": _partial,
+    "whole": _whole,
+}
