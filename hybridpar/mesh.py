@@ -54,14 +54,18 @@ class Mesh:
         """The mesh of `size` ranks: `pipeline` and `tensor` default to 1, `data` to the rest.
 
         Raises ValueError where the degrees do not multiply to `size`.
+
+        Example:
+            >>> Mesh.fit(8, tensor=2)
+            Mesh(data=4, pipeline=1, tensor=2)
         """
-        model = Mesh(1, pipeline or 1, tensor or 1)
+        model = Mesh(1, 1 if pipeline is None else pipeline, 1 if tensor is None else tensor)
         if size % model.size:
             raise ValueError(
                 f"{size} ranks cannot be laid out as pipeline={model.pipeline} x tensor={model.tensor}: "
                 f"{model.size} does not divide {size}; start {_nearest(size, model.size)} ranks or change the degrees"
             )
-        mesh = Mesh(data or size // model.size, model.pipeline, model.tensor)
+        mesh = Mesh(size // model.size if data is None else data, model.pipeline, model.tensor)
         if mesh.size != size:
             raise ValueError(
                 f"{mesh} needs {mesh.size} ranks and {size} were started; "
@@ -83,12 +87,17 @@ class Mesh:
 
     def rank(self, data: int = 0, pipeline: int = 0, tensor: int = 0) -> int:
         """The rank that stands at these indices."""
+        for axis, index in zip(AXES, (data, pipeline, tensor)):
+            if not 0 <= index < getattr(self, axis):
+                raise ValueError(f"index {index} is outside the {axis} axis of {self}")
         return (data * self.pipeline + pipeline) * self.tensor + tensor
 
     def group(self, axis: str, rank: int) -> tuple[int, ...]:
         """The ranks that differ from `rank` along `axis` only, `rank` among them, in order of their index."""
-        place = self.place(rank).__dict__
-        return tuple(self.rank(**{**place, axis: i}) for i in range(getattr(self, axis)))
+        if axis not in AXES:
+            raise ValueError(f"there is no axis {axis!r}: the axes are {', '.join(AXES)}")
+        place = self.place(rank)
+        return tuple(self.rank(**{**place.__dict__, axis: i}) for i in range(getattr(self, axis)))
 
     def replica(self, rank: int) -> tuple[int, ...]:
         """The ranks that together hold one copy of the model, the one that `rank` is part of."""

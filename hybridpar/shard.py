@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 Range = tuple[int, int]  # [start, stop)
 
@@ -38,6 +39,8 @@ class Spec:
 
     `dim` is None where each rank holds the whole. `parts[index]` are the ranges of `dim` held at that index.
     `partial` says that the holders' gradients are shares of the gradient, to be summed along the axis.
+
+    Raises ValueError where a range is outside the dim, an index holds an element twice, or nobody holds one.
     """
 
     name: str
@@ -45,6 +48,23 @@ class Spec:
     dim: int | None = None
     parts: tuple[tuple[Range, ...], ...] = ()
     partial: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim is None:
+            return
+        if not 0 <= self.dim < len(self.shape):
+            raise ValueError(f"{self.name} {list(self.shape)} has no dim {self.dim} to be cut along")
+        length = self.shape[self.dim]
+        where = f"of dim {self.dim} of {self.name} {list(self.shape)}"
+        for index, part in enumerate(self.parts):
+            for start, stop in part:
+                if not 0 <= start <= stop <= length:
+                    raise ValueError(f"index {index} cannot hold [{start}, {stop}) {where}: it has 0 to {length}")
+            if _overlap(part):
+                raise ValueError(f"index {index} holds some element {where} twice: {part}")
+        lost = _minus((0, length), [r for part in self.parts for r in part])
+        if lost:
+            raise ValueError(f"nobody holds [{lost[0][0]}, {lost[0][1]}) {where}: the parts must cover it")
 
     def renamed(self, prefix: str) -> Spec:
         """The same spec, its name with `prefix` and a dot before it."""
@@ -67,8 +87,7 @@ class Spec:
         """Whether some element is held at more than one index of a cut dim."""
         if self.dim is None:
             return False
-        ranges = sorted(r for part in self.parts for r in part)
-        return any(left[1] > right[0] for left, right in zip(ranges, ranges[1:]))
+        return _overlap([r for part in self.parts for r in part])
 
     def owned(self, index: int) -> tuple[tuple[Range, Range], ...]:
         """(local range, global range) of what `index` owns: each element has one owner, its first holder.
@@ -76,10 +95,8 @@ class Spec:
         A whole parameter (dim None) is owned at index 0; its ranges are then along dim 0 of a flat view.
         """
         if self.dim is None:
-            count = 1
-            for n in self.shape:
-                count *= n
-            return ((((0, count), (0, count))),) if index == 0 else ()
+            count = prod(self.shape)
+            return (((0, count), (0, count)),) if index == 0 else ()
         taken = [r for part in self.parts[:index] for r in part]
         owned, local = [], 0
         for start, stop in self.parts[index]:
@@ -96,9 +113,15 @@ def cut(name: str, shape: Sequence[int], dim: int, parts: Sequence[Sequence[Rang
     return replace(spec, partial=spec.overlaps)
 
 
+def _overlap(ranges: Sequence[Range]) -> bool:
+    """Whether some element is in two of `ranges`."""
+    filled = sorted((start, stop) for start, stop in ranges if start < stop)
+    return any(left[1] > right[0] for left, right in zip(filled, filled[1:]))
+
+
 def _minus(piece: Range, taken: Sequence[Range]) -> list[Range]:
     """What is left of `piece` without the ranges `taken`."""
-    left = [piece]
+    left = [piece] if piece[0] < piece[1] else []
     for start, stop in taken:
         left = [
             kept
