@@ -65,7 +65,15 @@ class Trace:
 
     def busy(self, rank: int) -> float:
         """Seconds in which `rank` did forwards or backwards."""
-        return sum(span.seconds for span in self.spans if span.rank == rank and span.kind in WORK)
+        return self._busy.get(rank, 0.0)
+
+    @cached_property
+    def _busy(self) -> dict[int, float]:
+        seconds: dict[int, float] = {}
+        for span in self.spans:
+            if span.kind in WORK:
+                seconds[span.rank] = seconds.get(span.rank, 0.0) + span.seconds
+        return seconds
 
     def bubble(self) -> float:
         """The idle share of all ranks' time, from 0 to 1."""
