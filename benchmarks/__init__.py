@@ -1,0 +1,1 @@
+"""hybridpar beside torch's own parallelism: `python -m benchmarks.compare`."""

@@ -1,0 +1,40 @@
+"""The candidates that use hybridpar, through the same calls as any user's script."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+import hybridpar as hp
+from benchmarks.side import Seat, Side
+from benchmarks.work import Work, optimizer
+
+
+def data(work: Work, seat: Seat) -> Side:
+    """Two replicas; Horovod reduces the gradients."""
+    return _side(work)
+
+
+def tensor(work: Work, seat: Seat) -> Side:
+    """Every layer cut in two."""
+    return _side(work, tensor=seat.ranks)
+
+
+def pipeline(work: Work, seat: Seat) -> Side:
+    """Two stages, 1F1B."""
+    return _side(work, pipeline=seat.ranks)
+
+
+def _side(work: Work, **degrees: int) -> Side:
+    world = hp.init(**degrees)
+    model = hp.parallelize(work.model(), world, loss=hp.CrossEntropy())
+    adam = hp.DistributedOptimizer(optimizer(model.parameters()), model)
+    replicas = world.mesh.data
+
+    def step(ids: Tensor, targets: Tensor) -> float:
+        mine = tuple(whole.chunk(replicas)[world.place.data] for whole in (ids, targets))
+        loss = model.train_step(mine, microbatches=work.microbatches // replicas)
+        adam.step()
+        adam.zero_grad()
+        return float(loss)
+
+    return Side(world.rank, step, world.everyone.barrier)

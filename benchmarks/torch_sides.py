@@ -1,0 +1,135 @@
+"""The candidates that use torch alone: no communication, DDP, DTensor, pipeline schedules.
+
+torch.distributed runs on gloo. Model, batches, microbatches and optimizer are those of `work`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Replicate, Shard, parallel
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.side import Seat, Side, accumulating, nobody
+from benchmarks.work import Work, cross_entropy, optimizer
+from hybridpar.models.gpt import GPT
+
+
+def alone(work: Work, seat: Seat) -> Side:
+    """The whole batch in one process; or half of it in each of two that never meet, which is the limit."""
+    return Side(seat.rank, accumulating(work, work.model(), seat.rank, seat.ranks), nobody)
+
+
+def ddp(work: Work, seat: Seat, **options: object) -> Side:
+    """DistributedDataParallel; gradients are reduced in the last microbatch's backward only (`no_sync` before it)."""
+    _meet(seat)
+    model = DistributedDataParallel(work.model(), **options)
+    return Side(seat.rank, accumulating(work, model, seat.rank, seat.ranks, quiet=model.no_sync), dist.barrier)
+
+
+def ddp_tuned(work: Work, seat: Seat) -> Side:
+    """DDP whose gradients are views of the buckets (no copies), in buckets small enough to overlap."""
+    return ddp(work, seat, gradient_as_bucket_view=True, bucket_cap_mb=8)
+
+
+def dtensor(work: Work, seat: Seat, sequence: bool = False) -> Side:
+    """Tensor parallelism by `parallelize_module`, the loss over the cut vocabulary by `loss_parallel`.
+
+    Cut: token embedding by vocabulary (rows), queries, keys, values and MLP up by columns, attention out and MLP
+    down by rows, head by vocabulary (columns). Whole on each rank: position embedding and norms; with `sequence`
+    the norms and residual sums work on half of the tokens each.
+    """
+    _meet(seat)
+    model = work.model()
+    for block in model.blocks:
+        _group_heads(block.attention, seat.ranks)
+    plan = _sequence_plan() if sequence else _plan()
+    parallel.parallelize_module(model, init_device_mesh("cpu", (seat.ranks,)), plan)
+    return Side(seat.rank, accumulating(work, model, around_loss=parallel.loss_parallel), dist.barrier)
+
+
+def dtensor_sequence(work: Work, seat: Seat) -> Side:
+    return dtensor(work, seat, sequence=True)
+
+
+def one_f_one_b(work: Work, seat: Seat) -> Side:
+    """torch.distributed.pipelining's Schedule1F1B over two stages."""
+    return _pipeline(work, seat, Schedule1F1B)
+
+
+def gpipe(work: Work, seat: Seat) -> Side:
+    """torch.distributed.pipelining's ScheduleGPipe over two stages."""
+    return _pipeline(work, seat, ScheduleGPipe)
+
+
+def _meet(seat: Seat) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{seat.meeting}", rank=seat.rank, world_size=seat.ranks)
+
+
+def _group_heads(attention: nn.Module, ranks: int) -> None:
+    """Reorder the rows of the fused projection to q0 k0 v0 q1 k1 v1, so that a cut in two gives each rank whole heads.
+
+    AdamW works element by element, so training is the same; one fused matrix is the fastest form for DTensor.
+    """
+    rows = torch.arange(attention.qkv.out_features).view(3, ranks, -1).transpose(0, 1).flatten()
+    with torch.no_grad():
+        for whole in (attention.qkv.weight, attention.qkv.bias):
+            whole.copy_(whole[rows].clone())
+    attention.heads //= ranks
+    attention.kv_heads //= ranks
+
+
+def _plan() -> dict[str, parallel.ParallelStyle]:
+    return {
+        "embed.token": parallel.RowwiseParallel(input_layouts=Replicate()),
+        "blocks.*.attention.qkv": parallel.ColwiseParallel(),
+        "blocks.*.attention.out": parallel.RowwiseParallel(),
+        "blocks.*.mlp.up": parallel.ColwiseParallel(),
+        "blocks.*.mlp.down": parallel.RowwiseParallel(),
+        "head.project": parallel.ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
+    }
+
+
+def _sequence_plan() -> dict[str, parallel.ParallelStyle]:
+    tokens = Shard(1)
+    return {
+        "embed.token": parallel.RowwiseParallel(input_layouts=Replicate()),
+        "embed": parallel.PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=tokens),
+        "blocks.*.attention_norm": parallel.SequenceParallel(),
+        "blocks.*.attention.qkv": parallel.ColwiseParallel(input_layouts=tokens),
+        "blocks.*.attention.out": parallel.RowwiseParallel(output_layouts=tokens),
+        "blocks.*.mlp_norm": parallel.SequenceParallel(),
+        "blocks.*.mlp.up": parallel.ColwiseParallel(input_layouts=tokens),
+        "blocks.*.mlp.down": parallel.RowwiseParallel(output_layouts=tokens),
+        "head.norm": parallel.SequenceParallel(),
+        "head.project": parallel.ColwiseParallel(
+            input_layouts=tokens, output_layouts=Shard(-1), use_local_output=False
+        ),
+    }
+
+
+def _pipeline(work: Work, seat: Seat, schedule: type) -> Side:
+    _meet(seat)
+    first, last = seat.rank == 0, seat.rank == seat.ranks - 1
+    model = _stage(work.model(), work.first_stage_blocks, first)
+    stage = PipelineStage(model, seat.rank, seat.ranks, torch.device("cpu"))
+    runner = schedule(stage, n_microbatches=work.microbatches, loss_fn=cross_entropy)
+    adam = optimizer(model.parameters())
+
+    def step(ids: Tensor, targets: Tensor) -> float | None:
+        losses: list[Tensor] = []
+        runner.step(*([ids] if first else []), target=targets if last else None, losses=losses if last else None)
+        adam.step()
+        adam.zero_grad()
+        return torch.stack(losses).mean().item() if last else None
+
+    return Side(seat.rank, step, dist.barrier)
+
+
+def _stage(model: GPT, blocks: int, first: bool) -> nn.Sequential:
+    if first:
+        return nn.Sequential(model.embed, *model.blocks[:blocks])
+    return nn.Sequential(*model.blocks[blocks:], model.head)
