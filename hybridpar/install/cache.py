@@ -2,6 +2,8 @@
 
     ~/.cache/hybridpar/wheels/<key>/horovod-0.28.1-cp311-cp311-linux_x86_64.whl
     ~/.cache/hybridpar/logs/horovod-<key>.log
+
+What is taken from here is tried before it is trusted: the key cannot know everything.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def home(environment: Mapping[str, str]) -> Path:
 
     Example: `/home/ann/.cache/hybridpar`.
     """
-    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME") or os.path.expanduser("~"), ".cache")
-    for folder in (Path(base, "hybridpar"), Path(tempfile.gettempdir(), f"hybridpar-{os.getuid()}")):
+    users = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    for folder in (Path(users, "hybridpar"), Path(tempfile.gettempdir(), f"hybridpar-{os.getuid()}")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -14,7 +14,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"fatal error: Python\.h",
      "Python.h is missing: on Debian and Ubuntu `apt-get install python3-dev`"),
     (r"fatal error: mpi\.h|Could NOT find MPI\b|Could NOT find MPI_CXX",
-     "MPI's headers are missing: on Debian and Ubuntu `apt-get install libopenmpi-dev`, or run again with `--mpi pypi`"),
+     "MPI's headers are missing: on Debian and Ubuntu `apt-get install libopenmpi-dev`, or use `--mpi pypi`"),
     (r"Could NOT find NCCL",
      "NCCL is missing: set HOROVOD_NCCL_HOME to the folder that holds its include and lib, or unset "
      "HOROVOD_GPU_OPERATIONS"),
@@ -49,7 +49,7 @@ CAUSES: tuple[tuple[str, str], ...] = (
      "a folder cannot be written (the lines below name it)"),
 )  # fmt: skip
 
-_TELLING = re.compile(r"\berror\b|CMake Error|Error \d|undefined reference|not found|Killed|No space left", re.IGNORECASE)
+_TELLING = re.compile(r"(?i)\berror\b|CMake Error|Error \d|undefined reference|not found|Killed|No space left")
 _EMPTY = re.compile(r"subprocess-exited-with-error|exit code: |This error originates|See above for output|-Werror")
 
 

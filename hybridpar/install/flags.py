@@ -2,7 +2,7 @@
 
 Horovod asks for C++14; torch's headers need 17 since torch 2.1 and 20 since 2.14. Horovod appends its own -std last,
 so CXXFLAGS cannot change it: a wrapper around the compiler does. GCC 13 no longer includes <stdexcept> and
-<string> on the way, and the wrapper adds those too.
+<string> on the way, and the wrapper adds those too. It drops -g, which nearly doubles the time and serves nobody.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def standard(torch: Torch) -> int:
 
 
 def wrapper(compiler: Compiler, torch: Torch) -> str:
-    """A shell script that stands in for the compiler and raises every older -std."""
+    """A shell script that stands in for the compiler and raises every older -std, without debug information."""
     wanted = standard(torch)
     old = ["0x", "11", "1y", "14", *(["1z", "17"] if wanted == 20 else [])]
     patterns = "|".join(f"-std={dialect}++{year}" for year in old for dialect in ("c", "gnu"))
     includes = " -include stdexcept -include string" if compiler.vendor != "gcc" or compiler.major >= 13 else ""
     return (
         "#!/bin/sh\n"
-        f'for a; do shift; case $a in {patterns}) a=-std=c++{wanted};; esac; set -- "$@" "$a"; done\n'
+        f'for a; do shift; case $a in {patterns}) a=-std=c++{wanted};; -g) continue;; esac; set -- "$@" "$a"; done\n'
         f'exec {shlex.join(compiler.command)}{includes} "$@"\n'
     )
 

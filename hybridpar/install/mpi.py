@@ -127,6 +127,13 @@ def mpirun(ranks: int, command: list[str]) -> list[str]:
     return ["mpirun", "-np", str(ranks), "--bind-to", "none", "--oversubscribe", *command]
 
 
+def horovodrun(ranks: int, scripts: Path, command: list[str], tag_output: bool = False) -> list[str]:
+    """The same over the horovodrun in `scripts`; `tag_output` puts the rank before each line of output."""
+    # horovodrun asks for tags always, and Open MPI takes the later setting.
+    plain = [] if tag_output else ["--mpi-args=--mca orte_tag_output 0"]
+    return [str(scripts / "horovodrun"), "-np", str(ranks), "--mpi", "--disable-cache", *plain, *command]
+
+
 def _at(path: str, environment: Mapping[str, str], inside: bool) -> Mpi | None:
     compiler = shutil.which("mpicxx", path=path)
     if compiler is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hybridpar.install import cache, flags, mpi, probe, smoke
-from hybridpar.install.build import RUN_TIME, Plan, add, build, pip, quiet
+from hybridpar.install.build import RUN_TIME, Plan, add, build
 from hybridpar.install.probe import Missing
 
 Say = Callable[[str], None]

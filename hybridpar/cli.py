@@ -1,0 +1,147 @@
+"""The `hybridpar` command. No logic here: each command calls one function, which Python code can call too.
+
+Exit codes: 0 fine, 1 found a problem, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+EXAMPLES = "\b\nExamples:"  # \b: click leaves the lines that follow as they are
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Errors as one sentence: ValueError is wrong use, RuntimeError a problem that was found."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        click.echo(f"hybridpar: {error}", err=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hybridpar")
+def main() -> None:
+    """Tensor x pipeline x data parallelism for PyTorch on MPI and Horovod."""
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog=f"""{EXAMPLES}
+  hybridpar run -np 4 --tensor 2 examples/gpt.py
+  hybridpar run -np 8 --tensor 2 --pipeline 2 train.py --steps 100
+  hybridpar run -np 8 --pipeline 4 --dry-run train.py
+""",
+)
+@click.option("-np", "ranks", type=int, required=True, help="How many ranks to start, all on this machine.")
+@click.option("--tensor", type=int, help="Ranks along the tensor axis.")
+@click.option("--pipeline", type=int, help="Ranks along the pipeline axis.")
+@click.option("--data", type=int, help="Ranks along the data axis; the rest if left out.")
+@click.option("--carrier", type=click.Choice(["mpi", "gloo", "nccl"]), help="What carries tensors between ranks.")
+@click.option("--tag-output", is_flag=True, help="Put the rank before each line of output.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be run.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    ranks: int,
+    tensor: int | None,
+    pipeline: int | None,
+    data: int | None,
+    carrier: str | None,
+    tag_output: bool,
+    dry_run: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run SCRIPT on the ranks of a mesh, over horovodrun.
+
+    The degrees overrule those that the script gives to hp.init(). The exit code is the job's.
+    """
+    from hybridpar import launch
+    from hybridpar.install.probe import prefix, scripts
+
+    with _said():
+        job = launch.plan(
+            ranks, [script, *arguments], os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)),
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, tag_output=tag_output,
+        )  # fmt: skip
+    if dry_run:
+        click.echo(str(job))
+        return
+    sys.exit(launch.start(job))
+
+
+@main.command(
+    epilog=f"""{EXAMPLES}
+  hybridpar doctor
+  hybridpar doctor -np 4
+  hybridpar doctor --json | jq .findings
+"""
+)
+@click.option("-np", "ranks", type=int, default=2, show_default=True, help="Ranks of the job that it starts.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(ranks: int, as_json: bool) -> None:
+    """Say what is installed, whether it works together, and how to mend what does not."""
+    from hybridpar import doctor as doctors
+
+    with _said():
+        findings = doctors.examine(ranks, os.environ)
+    click.echo(doctors.as_json(findings) if as_json else doctors.render(findings))
+    sys.exit(doctors.exit_code(findings))
+
+
+@main.command(
+    epilog=f"""{EXAMPLES}
+  hybridpar trace --simulate --schedule 1f1b --pipeline 4 --microbatches 8
+  hybridpar trace --simulate --schedule interleaved --pipeline 2 --chunks 2 --svg schedule.svg
+  hybridpar trace --simulate --schedule mine.csv --chrome mine.json
+"""
+)
+@click.option("--simulate", is_flag=True, help="Draw a schedule as it would run; nothing is started.")
+@click.option("--schedule", default="1f1b", show_default=True, help="gpipe, 1f1b, interleaved, or a CSV file.")
+@click.option("--pipeline", type=int, default=4, show_default=True, help="Ranks along the pipeline axis.")
+@click.option("--microbatches", type=int, default=8, show_default=True, help="Microbatches per step.")
+@click.option("--chunks", type=int, default=2, show_default=True, help="Stages per rank (interleaved only).")
+@click.option("--svg", type=click.Path(dir_okay=False), help="Write the picture to this file.")
+@click.option("--chrome", type=click.Path(dir_okay=False), help="Write a Chrome trace to this file.")
+@click.option("--csv", type=click.Path(dir_okay=False), help="Write the schedule to this file.")
+def trace(
+    simulate: bool,
+    schedule: str,
+    pipeline: int,
+    microbatches: int,
+    chunks: int,
+    svg: str | None,
+    chrome: str | None,
+    csv: str | None,
+) -> None:
+    """Show when each rank does what."""
+    from hybridpar.trace import report
+
+    if not simulate:
+        raise click.UsageError("say --simulate; a training run draws its own trace")
+    with _said():
+        text = report.simulate(
+            schedule=schedule, pipeline=pipeline, microbatches=microbatches, chunks=chunks,
+            svg=svg, chrome=chrome, csv=csv,
+        )  # fmt: skip
+    click.echo(text)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def install(arguments: tuple[str, ...]) -> None:
+    """Build Horovod for the installed torch (the same as `python -m hybridpar.install`; --help shows the options)."""
+    from hybridpar.install.__main__ import main as builder
+
+    sys.exit(builder(arguments, os.environ, sys.stdout))
+
+
+if __name__ == "__main__":
+    main()
