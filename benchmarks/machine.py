@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def busy_seconds() -> float:
 def describe() -> dict[str, str | int]:
     """What belongs beside a figure: processor, cores, versions, date."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu(),
         "cores": cores(),
         "system": platform.platform(),
