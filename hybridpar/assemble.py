@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +15,9 @@ from torch import nn
 
 from hybridpar.engine import Named, ParallelModel
 from hybridpar.loss import LossFunction, WeightedLoss
-from hybridpar.optim.partial import PartialSums
 from hybridpar.pipeline.executor import Executor
 from hybridpar.pipeline.partition import partition
-from hybridpar.pipeline.schedule import Schedule, build
+from hybridpar.pipeline.schedule import build, read
 from hybridpar.pipeline.ties import Tie, Ties
 from hybridpar.seeds import Draw
 from hybridpar.split import Stage, Unit, estimated_costs, measured_costs, units
@@ -60,9 +59,10 @@ def parallelize(
     """
     _same_everywhere(module, mesh.everyone)
     chunks = chunks or (2 if schedule == "interleaved" else 1)
-    if mesh.pipeline.size == 1 and not schedule.endswith(".csv"):
+    custom = schedule.endswith(".csv")
+    if mesh.pipeline.size == 1 and not custom:
         schedule, chunks = "1f1b", 1  # one rank, one stage
-    homes = build(schedule, mesh.pipeline.size, None, chunks).stage_ranks
+    homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
     bounds, weights = _bounds(module, len(homes), mesh, chain, stages, costs, example)
     draw = Draw(mesh.seed)
     plan = plan if plan is not None else getattr(module, "tensor_plan", {})
@@ -75,7 +75,7 @@ def parallelize(
     for stage in mine.values():
         stage.to(mesh.device)
     owned = [_owned(stage, first) for stage in mine.values()]
-    model = ParallelModel(
+    return ParallelModel(
         world=mesh,
         stages=mine,
         owned=owned,
@@ -87,8 +87,6 @@ def parallelize(
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, applied.logits),
         report=_report(all_stages, homes, weights, bounds, applied, mesh),
     )
-    model.attach(PartialSums(mesh.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned]))
-    return model
 
 
 def _same_everywhere(module: nn.Module, everyone: Axis) -> None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from hybridpar.global_view import gather, take
 from hybridpar.loss import WeightedLoss
 from hybridpar.microbatch import split_batch, to_device
-from hybridpar.pipeline.executor import Executor, Micro, Readiness
+from hybridpar.optim.model import Reducing
+from hybridpar.optim.partial import PartialSums
+from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.seeds import Draw
-from hybridpar.shard import Spec, balanced
+from hybridpar.shard import Spec
 from hybridpar.split import Stage
 from hybridpar.tensor.plan import Applied
 from hybridpar.trace.spans import Span, Trace
@@ -54,7 +56,9 @@ class ParallelModel:
         self._stages, self._owned, self._applied, self._homes = stages, owned, applied, homes
         self._executor, self._schedules, self._draw = executor, schedules, draw
         self._loss = loss
-        self._readiness: list[Readiness] = []
+        # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
+        self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
+        self._readiness: list[Reducing] = [self._partial]
         self._spans: list[Span] = []
         self._largest = 0
         self.training = True
@@ -72,6 +76,8 @@ class ParallelModel:
         Example:
             >>> loss = model.train_step((ids, targets), microbatches=8)   # doctest: +SKIP
         """
+        for chunk in range(len(self._owned)):
+            self._partial.begin(chunk)
         loss = self._with_loss(batch, microbatches, training=True)
         self._draw.step += 1
         return loss
@@ -166,7 +172,7 @@ class ParallelModel:
         """How each parameter of this rank is cut."""
         return {name: self._applied.specs[name] for name, _ in self.named_parameters()}
 
-    def attach(self, one: Readiness) -> None:
+    def attach(self, one: Reducing) -> None:
         """Tell `one` when the gradients of a chunk are about to be complete, and when they are."""
         self._readiness.append(one)
 
@@ -196,7 +202,8 @@ class ParallelModel:
         The plain module's `load_state_dict` reads it.
         """
         mine = dict(self.named_parameters())
-        return {name: self._whole(mine[name] if name in mine else None, name) for name in self._homes}
+        state = {name: self._whole(mine[name] if name in mine else None, name) for name in self._homes}
+        return state | {name: state[first] for name, first in self._applied.tied.items()}
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
@@ -219,9 +226,11 @@ class ParallelModel:
     def trace(self) -> Trace:
         """What every rank of the pipeline did in the last step, in seconds from its beginning; all call it together."""
         spans = [span for part in self.world.pipeline.objects(self._spans) for span in part]
-        start = min((span.start for span in spans), default=0.0)
-        moved = [Span(s.rank, s.kind, s.stage, s.micro, s.start - start, s.end - start) for s in spans]
-        return Trace(tuple(moved), "measured")
+        return Trace(tuple(spans), "measured").from_zero()
+
+    def schedule(self, microbatches: int) -> Schedule:
+        """The schedule of a training step of so many microbatches."""
+        return self._schedules(microbatches)
 
     def _whole(self, shard: Tensor | None, name: str, maybe: bool = False) -> Tensor | None:
         spec, home = self._applied.specs[name], self._homes[name]

@@ -34,7 +34,7 @@ class WeightedLoss:
                 f"the plan leaves the output cut over the vocabulary, which {type(function).__name__} cannot read: use "
                 "loss=hp.CrossEntropy(), or take the last layer out of the plan"
             )
-        self._function = function.cut(axis, logits) if self._cut else function
+        self._function = function.cut(axis, logits.parts) if self._cut else function
 
     def weight(self, targets: Any, samples: int) -> float:
         """How much the microbatch counts."""
@@ -55,8 +55,7 @@ def _known(function: LossFunction) -> LossFunction:
     if function is nn.functional.cross_entropy:
         return CrossEntropy()
     if type(function) is nn.CrossEntropyLoss and function.weight is None and function.reduction == "mean":
-        if function.label_smoothing == 0:
-            return CrossEntropy(ignore_index=function.ignore_index)
+        return CrossEntropy(function.ignore_index, function.label_smoothing)
     if isinstance(function, nn.Module) and getattr(function, "reduction", "mean") == "sum":
         raise ValueError(f"{type(function).__name__}(reduction='sum') cannot be averaged over microbatches: use 'mean'")
     return function

@@ -13,11 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridpar.optim.model import Reducing
 from hybridpar.pipeline.action import Action, Kind
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.pipeline.ties import Ties
@@ -27,16 +28,6 @@ from hybridpar.trace.spans import Span
 from hybridpar.wires.message import Mailbox
 
 _KINDS = {Kind.FORWARD: 0, Kind.BACKWARD: 1}
-
-
-class Readiness(Protocol):
-    """Who wants to know when the gradients of a chunk are about to be complete, and when they are."""
-
-    def arm(self, chunk: int) -> None:
-        """The next backward of this chunk is its last in this step."""
-
-    def flush(self, chunk: int) -> None:
-        """The last backward of this chunk is over."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,7 @@ class Executor:
         self._ties, self._draw, self._first_tag = ties, draw, first_tag
         self._numbers = {stage: i for i, stage in enumerate(chunks)}
 
-    def run(self, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Readiness] = ()) -> list[Span]:
+    def run(self, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing] = ()) -> list[Span]:
         """Run all actions of this rank; returns when each began and ended, in seconds of `time.perf_counter`."""
         run = _Run(self, schedule, micros, readiness)
         self._ties.refresh()
@@ -85,7 +76,7 @@ class Executor:
 class _Run:
     """One run of a schedule: what is held between its actions."""
 
-    def __init__(self, of: Executor, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Readiness]) -> None:
+    def __init__(self, of: Executor, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing]) -> None:
         self._of, self._schedule, self._micros, self._readiness = of, schedule, micros, readiness
         self._held: dict[tuple[int, int], _Held] = {}
         self._inside: dict[int, tuple[list[Tensor | None], Any]] = {}  # messages between stages of this rank, by tag
