@@ -41,6 +41,13 @@ class Spec:
     `partial` says that the holders' gradients are shares of the gradient, to be summed along the axis.
 
     Raises ValueError where a range is outside the dim, an index holds an element twice, or nobody holds one.
+
+    Example:
+        >>> spec = Spec("up.weight", (10, 4), dim=0, parts=(((0, 6),), ((4, 10),)))
+        >>> spec.local_shape(1), spec.overlaps
+        ((6, 4), True)
+        >>> spec.owned(1)                               # rows 6 to 9; rows 4 and 5 belong to index 0
+        (((2, 6), (6, 10)),)
     """
 
     name: str
