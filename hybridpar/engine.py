@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybridpar.global_view import gather, take
 from hybridpar.loss import WeightedLoss
 from hybridpar.microbatch import split_batch, to_device
-from hybridpar.optim.model import Reducing
+from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
@@ -58,7 +58,7 @@ class ParallelModel:
         self._loss = loss
         # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
-        self._readiness: list[Reducing] = [self._partial]
+        self._averages: list[Averaging] = []
         self._spans: list[Span] = []
         self._largest = 0
         self.training = True
@@ -137,7 +137,7 @@ class ParallelModel:
 
         schedule = self._schedules(len(parts))
         micros = [micro(m) for m in range(len(parts))]
-        readiness = self._readiness if training else ()
+        readiness = [self._partial, *self._averages] if training else ()
         self._spans = self._executor.run(schedule if training else schedule.evaluation(), micros, readiness)
         speaks = losses and world.tensor.index == 0
         value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
@@ -172,9 +172,17 @@ class ParallelModel:
         """How each parameter of this rank is cut."""
         return {name: self._applied.specs[name] for name, _ in self.named_parameters()}
 
-    def attach(self, one: Reducing) -> None:
-        """Tell `one` when the gradients of a chunk are about to be complete, and when they are."""
-        self._readiness.append(one)
+    def attach(self, one: Averaging) -> None:
+        """Tell `one` when the gradients of a chunk are about to be complete, and when they are.
+
+        It takes the place of an earlier one: two would average the same gradients at the same time.
+        """
+        self._averages = [one]
+
+    def wait(self) -> None:
+        """Return when the gradients of the last step are averages over the replicas."""
+        for one in self._averages:
+            one.wait()
 
     def train(self, mode: bool = True) -> ParallelModel:
         """Training mode: dropout is on."""
@@ -207,6 +215,7 @@ class ParallelModel:
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
+        self.wait()
         mine = dict(self.named_parameters())
         return {
             name: self._whole(mine[name].grad if name in mine else None, name, maybe=True) for name in self._homes

@@ -15,7 +15,7 @@ from hybridpar.optim.bucket import grouped
 from hybridpar.optim.clip import clip_grad_norm_, grad_norm
 from hybridpar.optim.compression import Compression
 from hybridpar.optim.distributed import DistributedOptimizer
-from hybridpar.optim.model import Reducing
+from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.optim.reduce import Reducer
 from hybridpar.shard import Spec, balanced, cut
@@ -35,7 +35,7 @@ class Plain:
             for chunk in self._chunks
         ]
         self.sums = PartialSums(world.tensor, members)
-        self._attached: list[Reducing] = []
+        self._attached: list[Averaging] = []
 
     def chunks(self) -> list[list[tuple[str, nn.Parameter]]]:
         return self._chunks
@@ -43,7 +43,7 @@ class Plain:
     def specs(self) -> dict[str, Spec]:
         return self._specs
 
-    def attach(self, reducer: Reducing) -> None:
+    def attach(self, reducer: Averaging) -> None:
         self._attached = [reducer]
 
     def wait(self) -> None:
@@ -159,7 +159,7 @@ def test_gradients_kept_in_place_between_steps_stay_right(replicas: Any) -> None
 
 @ranks(2)
 def test_a_gradient_that_one_replica_lacks_counts_as_zeros_and_one_that_all_lack_stays_none(replicas: Any) -> None:
-    module = nn.ModuleDict({name: nn.Linear(3, 3, dtype=torch.float64) for name in ("both", "first", "nobody", "early")})
+    module = nn.ModuleDict({name: nn.Linear(3, 3).double() for name in ("both", "first", "nobody", "early")})
     model = Plain(module, replicas)
     reducer = Reducer(replicas.data, model.chunks(), bucket_bytes=1)
     model.attach(reducer)
@@ -364,6 +364,21 @@ def test_the_optimizer_trains_as_one_process_does_with_clipping_and_momentum(rep
 
 
 @ranks(2)
+def test_clipping_right_after_the_backward_passes_waits_for_the_averages(replicas: Any) -> None:
+    module, reference, x = network(), network(), batch(8)
+    model = Plain(module, replicas)
+    optimizer = DistributedOptimizer(torch.optim.SGD(module.parameters(), lr=0.1), model)
+    for loss in mean_losses(reference, x, 1):
+        loss().backward()
+    model.backward(mean_losses(module, mine(x, replicas), 1))
+    norm = clip_grad_norm_(model, 0.1)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1), rtol=1e-12, atol=0)
+    optimizer.step()
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    torch.testing.assert_close(module.state_dict(), reference.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+@ranks(2)
 def test_the_users_optimizer_keeps_its_class_and_state_and_schedules_see_it(replicas: Any) -> None:
     module, x = network(), batch(4)
     adam = torch.optim.Adam(module.parameters(), lr=0.1)
@@ -395,13 +410,13 @@ def test_a_grad_scaler_sees_averages_and_all_ranks_skip_the_same_steps(replicas:
     for loss in mean_losses(reference, x, 1):
         loss().backward()
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
-    model.backward([lambda: scaler.scale(loss()) for loss in mean_losses(module, mine(x, replicas), 1)])
+    model.backward([lambda loss=loss: scaler.scale(loss()) for loss in mean_losses(module, mine(x, replicas), 1)])
     scaler.step(optimizer)  # unscales, and must not do so before the averages are there
     scaler.update()
     torch.testing.assert_close(module.state_dict(), reference.state_dict())
     optimizer.zero_grad()
     spoilt = torch.inf if replicas.data.index == 0 else 1.0
-    model.backward([lambda: scaler.scale(loss()) * spoilt for loss in mean_losses(module, x, 1)])
+    model.backward([lambda loss=loss: scaler.scale(loss()) * spoilt for loss in mean_losses(module, x, 1)])
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 4.0
@@ -540,7 +555,8 @@ def test_the_norm_over_shards_is_torchs_norm_of_the_whole(shards: Any, norm_type
     want = nn.utils.clip_grad_norm_(reference.values(), 0.5, norm_type)
     torch.testing.assert_close(clip_grad_norm_(model, 0.5, norm_type), want, rtol=1e-12, atol=0)
     for name, p in module.items():
-        torch.testing.assert_close(p.grad, part(reference[name].grad, SPECS[name], shards.tensor.index), rtol=1e-12, atol=0)
+        clipped = part(reference[name].grad, SPECS[name], shards.tensor.index)
+        torch.testing.assert_close(p.grad, clipped, rtol=1e-12, atol=0)
 
 
 @ranks(2)

@@ -20,9 +20,13 @@ from hybridpar.shard import Spec
 
 @torch.no_grad()
 def grad_norm(model: Parallel, norm_type: float = 2.0) -> Tensor:
-    """The norm of the gradient of the whole model: a float64 scalar, the same on all ranks of the replica."""
+    """The norm of the gradient of the whole model: a float64 scalar, the same on all ranks of the replica.
+
+    Waits for the averages first, if they are on their way.
+    """
     if norm_type <= 0:
         raise ValueError(f"norm_type={norm_type}: a norm's exponent is positive, float('inf') included")
+    model.wait()
     replica = model.world.replica
     norms = [n.double().cpu() for n in (_norm(piece, norm_type) for piece in _owned_gradients(model))]
     mine = torch.stack([*norms, torch.zeros((), dtype=torch.float64)])
@@ -34,12 +38,12 @@ def grad_norm(model: Parallel, norm_type: float = 2.0) -> Tensor:
 def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale all gradients so that the norm of the whole model's gradient is at most `max_norm`; returns the norm.
 
-    Call it when gradients are averaged: after `optimizer.synchronize()` of hybridpar's or Horovod's optimizer, or let
-    `DistributedOptimizer(..., clip=max_norm)` do it. As in `torch.nn.utils.clip_grad_norm_`, an infinite or undefined
-    norm is returned and makes the gradients zero or undefined.
+    Call it between `train_step` and `optimizer.step()`, or let `DistributedOptimizer(..., clip=max_norm)` do so; with
+    Horovod's own optimizer call its `synchronize()` first. As in `torch.nn.utils.clip_grad_norm_`, an infinite or
+    undefined norm is returned and makes the gradients zero or undefined.
 
     Example:
-        >>> optimizer.synchronize()                             # doctest: +SKIP
+        >>> loss = model.train_step(batch, microbatches=8)      # doctest: +SKIP
         >>> norm = hp.clip_grad_norm_(model, max_norm=1.0)      # doctest: +SKIP
         >>> optimizer.step()                                    # doctest: +SKIP
     """

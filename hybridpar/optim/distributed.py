@@ -76,7 +76,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def skip_synchronize(self) -> Iterator[None]:
         """Here for scripts written for Horovod: after `synchronize()`, `step()` has nothing left to wait for."""
         if self._reducer.pending:
-            raise ValueError("skip_synchronize() with gradients still on their way: call optimizer.synchronize() before")
+            raise ValueError("skip_synchronize() with gradients still on their way: call synchronize() before it")
         yield
 
     def share_overflow(self) -> None:
@@ -116,7 +116,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The user's optimizer's; reading them waits for the averages, since `GradScaler` then changes the gradients."""
+        """The user's optimizer's. Reading them waits for the averages: `GradScaler` then changes the gradients."""
         self.synchronize()
         return self.inner.param_groups
 
@@ -163,11 +163,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: float | None) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("LBFGS needs a closure, whose gradients are not averaged over the replicas; use another optimizer")
+        raise ValueError("LBFGS needs a closure, whose gradients would not be averaged over the replicas; use another")
     if isinstance(optimizer, DistributedOptimizer):
         raise ValueError("this optimizer is a DistributedOptimizer already: wrap the optimizer that it was made from")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer: DistributedOptimizer(optimizer, model)")
+        raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer: call it as (optimizer, model)")
     if compression is not None and not isinstance(compression, Wire):
         raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
     if clip is not None and not clip > 0:

@@ -24,6 +24,13 @@ class Reducing(Protocol):
         """That pass is over."""
 
 
+class Averaging(Reducing, Protocol):
+    """Something that averages them over the replicas."""
+
+    def wait(self) -> None:
+        """Return when the gradients are averages; at once if none are on their way."""
+
+
 class Parallel(Protocol):
     """A model cut over ranks, as optimizers see it."""
 
@@ -35,5 +42,8 @@ class Parallel(Protocol):
     def specs(self) -> dict[str, Spec]:
         """The spec of each parameter, by its name in `chunks`; one without a spec is whole on every tensor rank."""
 
-    def attach(self, reducer: Reducing) -> None:
-        """Tell `reducer` of each chunk's last backward pass from now on, in the order in which reducers came."""
+    def attach(self, reducer: Averaging) -> None:
+        """Tell `reducer` of each chunk's last backward pass from now on, in place of the one before."""
+
+    def wait(self) -> None:
+        """Wait for the attached reducer, if there is one."""

@@ -44,7 +44,7 @@ class PartialSums:
         self._chunks = [_Chunk(axis, [member for member in chunk if member[2].partial]) for chunk in chunks]
 
     def begin(self, chunk: int) -> None:
-        """A step begins: gradients that earlier steps left, if any, are sums already, and only their owners keep them."""
+        """A step begins: gradients left by earlier steps, if any, are sums already, so only their owners keep them."""
         self._chunks[chunk].begin()
 
     def arm(self, chunk: int) -> None:

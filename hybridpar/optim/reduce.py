@@ -24,7 +24,6 @@ from hybridpar.optim.bucket import Bucket, Named, grouped
 from hybridpar.optim.compression import Compression, Wire
 from hybridpar.wires.axis import Axis
 
-
 _TWICE = (
     "train_step was called twice without optimizer.step(): to accumulate gradients use "
     "train_step(..., microbatches=...), to drop them call optimizer.zero_grad()"
@@ -165,7 +164,7 @@ def _remove(hooks: list[RemovableHandle]) -> None:
 
 
 def _agree(axis: Axis, chunks: Sequence[Named]) -> None:
-    """Raise ValueError on all replicas unless their parameters are the same: they would wait for each other for ever."""
+    """Raise ValueError on all replicas unless their parameters are the same: else they would wait for ever."""
     mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for chunk in chunks for name, p in chunk]
     if len(set(axis.objects(zlib.crc32(repr(mine).encode())))) == 1:
         return

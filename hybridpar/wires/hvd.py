@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,7 @@ def _moves(x: Tensor) -> bool:
 
 
 def _hvd() -> Any:
-    from mpi4py import MPI  # noqa: F401  first: else Horovod would own MPI, and end it
-
+    import_module("mpi4py.MPI")  # first: else Horovod would own MPI, and end it
     import horovod.torch as hvd
 
     return hvd
