@@ -48,6 +48,12 @@ class Run:
     printed: dict[int, str] = field(default_factory=dict)  # rank -> the end of what it printed
     crash: str = ""  # how the launch ended under the test, if it did
 
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks ended in the same way at the same place: then none waits for a message of another."""
+        ways = {(record["outcome"], record["place"]) for record in self.ended.values()}
+        return len(self.ended) == self.size and len(ways) == 1
+
 
 def environment() -> dict[str, str]:
     """Ours, with what MPI jobs need here."""
@@ -114,7 +120,7 @@ class Launch:
     def _started(self, root: Path) -> subprocess.Popen[bytes]:
         command = mpi.mpirun(self.size, [sys.executable, "-m", "tests.ranks.worker", str(self._folder)])
         env = environment() | {
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",  # torch's threads too, without the seconds that importing it here would cost
             "OMPI_MCA_mpi_yield_when_idle": "1",
             "HYBRIDPAR_SYNCHRONOUS_SENDS": "1",  # eager buffering hides wrong orders
             "PYTHONUNBUFFERED": "1",  # a crash must not take the last lines with it

@@ -1,7 +1,7 @@
 """pytest's side of multi-rank tests: launches ranks when the first test needs them and has each test run there.
 
 Tests run in order of their rank count, ordinary ones first, so that one launch carries all tests of one count. After
-a test that failed the ranks are launched anew: what it left in MPI's queues must not reach the next test.
+a test that did not end alike on all ranks they are launched anew: what it left in MPI's queues must not reach the next.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ class _Launcher:
             self._refusals[size] = str(error)  # it would fail again, after the same wait, for each test
             return [refused(item, str(error))]
         run = launch.run(item.nodeid, self._new_folder("test"), item.get_closest_marker("ranks").kwargs["timeout"])
-        reports = merged(self._config, item, run)
-        if any(report.failed for report in reports):
+        if not run.alike:
             self._end()
-        return reports
+        return merged(self._config, item, run)
 
     def _launched(self, item: pytest.Item) -> Launch:
         size = rank_count(item)

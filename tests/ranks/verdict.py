@@ -18,7 +18,7 @@ def merged(config: pytest.Config, item: pytest.Item, run: Run) -> list[pytest.Te
     """The reports of `run`."""
     failed = [rank for rank, record in run.ended.items() if record["outcome"] == "failed"]
     if failed:
-        first = min(failed, key=lambda rank: (run.ended[rank]["at"], rank))
+        first = min(failed, key=lambda rank: (run.ended[rank]["seconds"], rank))
         return _of_rank(config, run, first, f"rank {first} of {run.size} failed first{_others(run, first)}")
     if run.crash:
         return [refused(item, f"The launch ended under the test: {run.crash.rstrip()}{_others(run)}")]

@@ -106,11 +106,13 @@ class RankPlugin:
                 text = ""
 
     def _record(self, config: pytest.Config) -> dict[str, Any]:
-        failed = [report.stop for report in self._reports if report.failed]
+        failed = [report for report in self._reports if report.failed]
+        crash = getattr(failed[0].longrepr, "reprcrash", None) if failed else None
         skipped = any(report.skipped for report in self._reports)
         return {
             "outcome": "failed" if failed else "skipped" if skipped else "passed",
-            "at": min(failed, default=0.0),
+            "seconds": failed[0].stop if failed else 0.0,
+            "place": f"{crash.path}:{crash.lineno}" if crash else "",
             "reports": [config.hook.pytest_report_to_serializable(config=config, report=r) for r in self._reports],
         }
 
@@ -140,9 +142,6 @@ def main(folder: Path) -> NoReturn:
     if (size, level) != (plan["size"], MPI.THREAD_MULTIPLE):
         plugin.say({"broken": f"MPI has {size} ranks and thread level {level}: mpirun is of another MPI than mpi4py"})
         sys.exit(1)
-    import torch  # after MPI, as in a user's job
-
-    torch.set_num_threads(1)
     code = pytest.main([f"--basetemp={folder / f'tmp-{rank}'}", *plan["arguments"]], plugins=[plugin])
     sys.exit(0 if code == pytest.ExitCode.OK else int(code))
 
