@@ -54,7 +54,7 @@ def shard(module: nn.Module, axis: Axis, draw: Draw, sequence: Sequence | None =
 
     ValueError where the module does not follow the protocol or has too few heads.
     """
-    heads, kv_heads, width = _protocol(module, name)
+    heads, kv_heads, width = protocol(module, name)
     held = heads_held(heads, kv_heads, axis.size, name)
     (q0, q1), (k0, k1) = held[axis.index]
     queries = tuple((_features(q, 0, width),) for q, _ in held)
@@ -79,7 +79,7 @@ def _features(heads: Range, first: int, width: int) -> Range:
     return (first + heads[0]) * width, (first + heads[1]) * width
 
 
-def _protocol(module: nn.Module, name: str) -> tuple[int, int, int]:
+def protocol(module: nn.Module, name: str) -> tuple[int, int, int]:
     """heads, kv_heads, head_dim, once the children have been found to agree with them."""
     children = ("qkv", "out") if hasattr(module, "qkv") else ("q", "k", "v", "out")
     missing = [n for n in ("heads", "kv_heads", "head_dim", *children) if not hasattr(module, n)]

@@ -78,26 +78,37 @@ def apply(
     modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
     styles = _match(plan, list(modules), everything=names is None)
     _refuse({name: child for name, (_, child) in modules.items()}, styles, sequence)
-    tokens = Sequence(axis, draw) if sequence else None
     ties = _ties(module)
-    done: dict[int, nn.Module] = {}
-    for name in sorted(modules, key=lambda n: "dropout" in (styles.get(n) or "dropout")):  # hidden ones ask columns
-        local, child = modules[name]
-        above, _, leaf = local.rpartition(".")
-        parent = module.get_submodule(above)
-        if not local or getattr(parent, leaf) is not child:
-            continue  # the root, or its parent has dealt with it
-        if id(child) not in done:
-            done[id(child)] = build(styles.get(name), Site(name, child, parent, axis, draw, tokens))
-        setattr(parent, leaf, done[id(child)])
-    for parent in module.modules():
-        if any(isinstance(child, Dropout) for child in parent.children()):
-            parent.register_forward_pre_hook(restart)
+    _replace(module, modules, styles, axis, draw, Sequence(axis, draw) if sequence else None)
     specs = _specs(module, styles, rename, sequence)
     tied = _tie(module, ties, specs, rename)
     logits = _logits(styles, list(modules), specs)
     specs = {name: spec for name, spec in specs.items() if name not in tied}
     return Applied(specs, tied, _replicated(module, styles, rename), logits)
+
+
+def _replace(
+    root: nn.Module,
+    modules: Mapping[str, tuple[str, nn.Module]],
+    styles: Mapping[str, str],
+    axis: Axis,
+    draw: Draw,
+    tokens: Sequence | None,
+) -> None:
+    """Put the replacements of `modules`, {global name: (local name, module)}, in their places."""
+    done: dict[int, nn.Module] = {}  # a module with two places has one replacement
+    for name in sorted(modules, key=lambda n: "dropout" in (styles.get(n) or "dropout")):  # hidden ones ask columns
+        local, child = modules[name]
+        above, _, leaf = local.rpartition(".")
+        parent = root.get_submodule(above)
+        if not local or getattr(parent, leaf) is not child:
+            continue  # the root, or its parent has dealt with it
+        if id(child) not in done:
+            done[id(child)] = build(styles.get(name), Site(name, child, parent, axis, draw, tokens))
+        setattr(parent, leaf, done[id(child)])
+    for parent in root.modules():
+        if any(isinstance(child, Dropout) for child in parent.children()):
+            parent.register_forward_pre_hook(restart)
 
 
 def _renamer(names: Mapping[str, str]) -> Callable[[str], str]:
@@ -152,6 +163,8 @@ def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequenc
         masks = isinstance(child, nn.Dropout) and child.p > 0
         weights = any(True for _ in child.parameters(recurse=False))
         around = _style(name, styles)
+        if styles.get(name) == "attention":
+            attention.protocol(child, name)
         if not masks and not weights or name in styles and not (around == "attention" and weights):
             continue
         if around == "attention":
