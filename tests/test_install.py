@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hybridpar.install import cache, diagnosis, flags, mpi, probe, progress, smoke, venv
+from hybridpar.install import cache, debian, diagnosis, flags, mpi, probe, progress, smoke, venv
 from hybridpar.install.__main__ import EXAMPLES, main, parser
 from hybridpar.install.build import needs_cmake, runpath
 from hybridpar.install.probe import Compiler, Facts, Missing, Torch
@@ -296,3 +297,19 @@ def test_what_is_installed_is_recognised() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "is installed already and works with torch" in done.stdout
+
+
+def test_headers_are_fetched_for_the_operating_system_s_python_only(tmp_path: Path) -> None:
+    if sysconfig.get_paths()["include"].startswith("/usr/include"):
+        pytest.skip("this is the operating system's Python, and fetching is for the real thing")
+    assert debian.headers(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_that_were_fetched_before_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": f"/usr/include/{name}"})
+    header = tmp_path / "usr" / "include" / name / "Python.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    assert debian.headers(tmp_path) == f"{header.parent}:{tmp_path / 'usr' / 'include'}"

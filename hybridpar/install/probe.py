@@ -175,14 +175,17 @@ def missing_tools(has_compiler: bool, headers: bool, has_make: bool) -> str | No
     )
 
 
-def gather(environment: Mapping[str, str]) -> Facts:
-    """Look at everything. Raises Missing with a sentence that names all that a build lacks."""
-    check_python()
-    torch = find_torch()
+def find_tools(environment: Mapping[str, str], headers: bool) -> Compiler:
+    """The compiler, `headers` saying whether Python's are there. Raises Missing, naming all that a build lacks."""
     compiler = find_compiler(environment)
-    lacks = missing_tools(compiler is not None, has_headers(), shutil.which("make") is not None)
+    lacks = missing_tools(compiler is not None, headers, shutil.which("make") is not None)
     if lacks or compiler is None:
         raise Missing(lacks or "")
+    return compiler
+
+
+def gather(environment: Mapping[str, str], torch: Torch, compiler: Compiler) -> Facts:
+    """All the facts."""
     cuda_home = environment.get("CUDA_HOME") or environment.get("HOROVOD_CUDA_HOME") or "/usr/local/cuda"
     nvcc = shutil.which("nvcc", path=f"{cuda_home}/bin:{environment.get('PATH', '')}") if torch.cuda else None
     return Facts(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from hybridpar.install import cache, flags, mpi, probe, smoke
+from hybridpar.install import cache, debian, flags, mpi, probe, smoke
 from hybridpar.install.build import RUN_TIME, Plan, add, build
 from hybridpar.install.probe import Missing
 
@@ -57,32 +57,72 @@ def install(wishes: Wishes, environment: Mapping[str, str], say: Say, out: TextI
     if not wishes.force and smoke.built_for() and _unfit(torch, environment, wants_nccl) is None:
         say(f"Horovod {cache.HOROVOD} is installed already and works with torch {torch.version}")
         return
-    facts = probe.gather(ready)
-    settings, wrapper = flags.build_settings(facts, environment), flags.wrapper(facts.compiler, facts.torch)
+    recipe = _recipe(wishes, torch, choice, ready, environment, say)
+    reason = None if wishes.force else _from_cache(recipe, ready, say)
+    if reason is None and not wishes.force:
+        say(f"Horovod {cache.HOROVOD} works with torch {torch.version}")
+        return
+    wheel = _from_source(recipe, ready, say, out)
+    say(f"Horovod {cache.HOROVOD} works with torch {torch.version}; the wheel is kept as {wheel}")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to build, and where and under which key the wheel is kept."""
+
+    plan: Plan
+    folder: Path
+    key: str
+
+
+def _recipe(
+    wishes: Wishes,
+    torch: probe.Torch,
+    choice: mpi.Choice,
+    ready: dict[str, str],
+    environment: Mapping[str, str],
+    say: Say,
+) -> _Recipe:
+    """Look at the machine; adds to `ready` where the headers are, if they had to be fetched."""
+    folder = cache.home(environment)
+    headers = None if probe.has_headers() else debian.headers(folder / f"python3.{sys.version_info[1]}")
+    if headers:
+        ready["CPATH"] = ":".join(p for p in (headers, environment.get("CPATH")) if p)
+    compiler = probe.find_tools(ready, probe.has_headers() or headers is not None)
+    facts = probe.gather(ready, torch, compiler)
+    settings, wrapper = flags.build_settings(facts, environment), flags.wrapper(compiler, torch)
     note = flags.gpu_note(facts, settings)
     if note:
         say(note)
-    folder, key = cache.home(environment), cache.key(facts, choice.mpi, settings, wrapper)
-    cached = None if wishes.force else cache.find(folder, key)
-    if cached is not None:
-        say(f"Taking the wheel that was built before: {cached}")
-        reason = _take(cached, ready)
-        if reason is None:
-            say(f"Horovod {cache.HOROVOD} works with torch {torch.version}")
-            return
-        say(f"It does not work any more, so it is built anew: {reason}")
-        cache.drop(folder, key)
-    mpi_inside = choice.mpi is None or choice.mpi.inside
-    plan = Plan(wrapper, settings, wishes.jobs or flags.jobs(facts), mpi_inside, probe.prefix())
-    log = cache.log(folder, key)
-    say(f"Log of the build, which takes 2 to 10 minutes: {log}")
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
-        wheel = cache.store(folder, key, build(plan, ready, Path(work), log, out))
-    reason = _take(wheel, ready)
+    inside = choice.mpi is None or choice.mpi.inside
+    plan = Plan(wrapper, settings, wishes.jobs or flags.jobs(facts), inside, probe.prefix())
+    return _Recipe(plan, folder, cache.key(facts, choice.mpi, settings, wrapper))
+
+
+def _from_cache(recipe: _Recipe, environment: Mapping[str, str], say: Say) -> str | None:
+    """Install what was built before and try it; why that is not possible, or None."""
+    wheel = cache.find(recipe.folder, recipe.key)
+    if wheel is None:
+        return "nothing was built before"
+    say(f"Taking the wheel that was built before: {wheel}")
+    reason = _take(wheel, environment)
     if reason:
-        cache.drop(folder, key)
+        say(f"It does not work any more, so it is built anew: {reason}")
+        cache.drop(recipe.folder, recipe.key)
+    return reason
+
+
+def _from_source(recipe: _Recipe, environment: Mapping[str, str], say: Say, out: TextIO) -> Path:
+    """Build, keep the wheel, install it and try it. Raises Missing with what went wrong."""
+    log = cache.log(recipe.folder, recipe.key)
+    say(f"Log of the build, which takes 2 to 10 minutes: {log}")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=recipe.folder) as work:
+        wheel = cache.store(recipe.folder, recipe.key, build(recipe.plan, environment, Path(work), log, out))
+    reason = _take(wheel, environment)
+    if reason:
+        cache.drop(recipe.folder, recipe.key)
         raise Missing(f"Horovod {cache.HOROVOD} was built but does not work: {reason}\n  the build's output: {log}")
-    say(f"Horovod {cache.HOROVOD} works with torch {torch.version}; the wheel is kept as {wheel}")
+    return wheel
 
 
 def _unfit(torch: probe.Torch, environment: Mapping[str, str], nccl: bool) -> str | None:

@@ -2,7 +2,8 @@
 
 Debian's Python cannot put pip into an environment unless python3-venv is installed, so others are tried in turn:
 
-    python -m venv        virtualenv        uv venv --seed        python -m venv --without-pip, filled by this pip
+    python -m venv        virtualenv        uv venv --seed
+    python -m venv --without-pip, filled by this Python's pip, or by the one in Debian's package
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hybridpar.install import debian
 from hybridpar.install.probe import OLDEST_PYTHON, Missing
 
 NOTE = "made-for"
@@ -66,8 +69,13 @@ def _ways(folder: Path) -> Iterator[tuple[str, list[list[str]]]]:
     if shutil.which("uv"):
         yield "uv", [["uv", "venv", "-q", "--seed", "--python", python, place]]
     if importlib.util.find_spec("pip"):
-        fill = [python, "-m", "pip", "--python", f"{place}/bin/python", "install", "-q", "pip", "setuptools"]
+        fill = [python, "-m", "pip", "--python", f"{place}/bin/python", "install", "-q", "pip"]
         yield "venv and this pip", [[python, "-m", "venv", "--without-pip", place], fill]
+    with tempfile.TemporaryDirectory() as work:
+        wheel = debian.pip_wheel(Path(work))
+        if wheel:
+            fill = [f"{place}/bin/python", f"{wheel}/pip", "install", "-q", "--no-index", str(wheel)]
+            yield "venv and Debian's pip", [[python, "-m", "venv", "--without-pip", place], fill]
 
 
 def _succeeds(command: list[str], failures: list[str]) -> bool:
