@@ -37,6 +37,13 @@ class ParallelModel:
     """What `hp.parallelize` returns: this rank's part of the model.
 
     `world` are the axes, `report` says in words how the model was cut.
+
+    Example:
+        >>> model = hp.parallelize(nn.Linear(4, 1), world, loss=nn.MSELoss())
+        >>> x = torch.randn(8, 4)
+        >>> loss = model.train_step((x, x.sum(-1, keepdim=True)), microbatches=2)
+        >>> model.full_state_dict()["weight"].shape         # the unsplit module's, whatever the mesh
+        torch.Size([1, 4])
     """
 
     def __init__(
