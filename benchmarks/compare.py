@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -40,26 +40,28 @@ def compare(
 
     Each round gives every candidate `warmup` steps and then `steps` timed ones, in an order that is turned round
     from one round to the next; a first round is not counted. A turn that other processes disturb is repeated, up to
-    `patience` times. A candidate that fails is left out and named in `failures`.
+    `patience` times. A candidate that fails is left out and named in `failures`. Ctrl-C ends the rounds early; only
+    whole rounds count.
     """
     turns: dict[str, list[Turn]] = {}
     losses: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     failures: dict[str, str] = {}
     wrong = None
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(KeyboardInterrupt):
         launches = _start(candidates, work, stack, failures, tell)
         for number in range(rounds + 1):
+            timed = {}
             for name, launch in list(launches.items())[:: 1 if number % 2 else -1]:
                 tell(f"round {number} of {rounds}: {name}")
                 try:
-                    timed = _turn(launch, warmup, steps, patience if number else 0, losses[name])
+                    timed[name] = _turn(launch, warmup, steps, patience if number else 0, losses[name])
                 except RuntimeError as error:
                     failures[name] = str(error)
                     del launches[name]
                     turns.pop(name, None)
-                    continue
-                if number:
-                    turns.setdefault(name, []).append(timed)
+            if number:
+                for name, turn in timed.items():
+                    turns.setdefault(name, []).append(turn)
             wrong = verdict.disagreement(candidates, losses)
             if wrong:
                 break

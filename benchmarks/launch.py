@@ -29,11 +29,13 @@ START_SECONDS, TURN_SECONDS, END_SECONDS = 300, 600, 10  # how long to wait for 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one request gave: the slowest rank's seconds, the CPU seconds of all ranks and of everything else."""
+    """What one request gave: the slowest rank's seconds; CPU seconds of all ranks, of their main threads alone, and of
+    everything else on the machine."""
 
     steps: int
     seconds: float
     cpu_seconds: float
+    main_cpu_seconds: float
     other_cpu_seconds: float
     losses: tuple[float, ...]
     peak_mb: float
@@ -67,6 +69,7 @@ class Launch:
             for command in _commands(candidate, arguments):
                 started = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(candidate),
+                    start_new_session=True,  # Ctrl-C ends the rounds, not the ranks
                 )  # fmt: skip
                 self._processes.append(started)
 
@@ -92,6 +95,7 @@ class Launch:
             steps=steps,
             seconds=max(rank["seconds"] for rank in told),
             cpu_seconds=cpu,
+            main_cpu_seconds=sum(rank["main_cpu_seconds"] for rank in told),
             other_cpu_seconds=max(busy_seconds() - others - cpu, 0.0),
             losses=tuple(map(_mean, zip(*(rank["losses"] for rank in told)))),
             peak_mb=max(rank["peak_mb"] for rank in told),
