@@ -104,7 +104,7 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers in [low, high) for the parameter `name` of whole shape `shape`, or the `parts` of its `dim`.
 
-    Computed in fp64 and rounded once; the same bits for every cut and on every device.
+    Computed in fp64 and rounded once; the same bits for every cut.
 
     Example:
         >>> torch.equal(uniform(0, "w", (4, 3), 0, ((1, 3),)), uniform(0, "w", (4, 3))[1:3])
