@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridpar.global_view import gather, take
-from hybridpar.loss import WeightedLoss
+from hybridpar.loss import WeightedLoss, is_cut
 from hybridpar.microbatch import split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
@@ -153,7 +153,7 @@ class ParallelModel:
     def _everywhere(self, output: Tensor | None) -> Tensor:
         """The last stage's output, on every rank of the replica."""
         world = self.world
-        if output is not None and self._applied.logits is not None:
+        if is_cut(output, self._applied.logits, world.tensor):
             output = world.tensor.allgather(output, -1)
         told = world.replica.objects(None if output is None else (output.dtype, tuple(output.shape)))
         source = next(i for i, shape in enumerate(told) if shape is not None)

@@ -25,29 +25,40 @@ class WeightedLoss:
     """A user's loss function, as a sum over what it counts and the number of what it counts."""
 
     def __init__(self, function: LossFunction, axis: Axis, logits: Spec | None) -> None:
-        function = _known(function)
-        self._counts = isinstance(function, CrossEntropy)
-        self._weigh = function.weight if self._counts else None
-        self._cut = logits is not None
-        if self._cut and not self._counts:
-            raise ValueError(
-                f"the plan leaves the output cut over the vocabulary, which {type(function).__name__} cannot read: use "
-                "loss=hp.CrossEntropy(), or take the last layer out of the plan"
-            )
-        self._function = function.cut(axis, logits.parts) if self._cut else function
+        self._function = _known(function)
+        self._counts = isinstance(self._function, CrossEntropy)
+        self._axis, self._logits = axis, logits
+        self._cut = self._function.cut(axis, logits.parts) if self._counts and logits is not None else None
 
     def weight(self, targets: Any, samples: int) -> float:
         """How much the microbatch counts."""
-        return float(self._weigh(targets)) if self._weigh is not None else float(samples)
+        return float(self._function.weight(targets) if self._counts else samples)
 
     def total(self, output: Any, targets: Any, weight: float) -> Tensor:
         """The sum (not the mean) over what counts."""
         if weight == 0:
             return output.sum() * 0.0 if isinstance(output, Tensor) else torch.zeros((), requires_grad=True)
-        value = self._function(output, targets)
+        cut = is_cut(output, self._logits, self._axis)
+        if cut and self._cut is None:
+            raise ValueError(
+                f"the plan leaves the output cut over the vocabulary, which {_name(self._function)} cannot read: use "
+                "loss=hp.CrossEntropy(), or take the last layer out of the plan"
+            )
+        value = (self._cut if cut else self._function)(output, targets)
         if value.dim():
             raise ValueError(f"the loss function returned shape {list(value.shape)} and must return one number, the mean")
         return value if self._counts else value * weight
+
+
+def is_cut(output: Any, logits: Spec | None, axis: Axis) -> bool:
+    """Whether `output` comes from the column layer `logits`, by its last dim: the module may go on after that layer."""
+    if logits is None or axis.size == 1 or not isinstance(output, Tensor) or not output.dim():
+        return False
+    return output.shape[-1] == sum(b - a for a, b in logits.held(axis.index)) != logits.shape[0]
+
+
+def _name(function: LossFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _known(function: LossFunction) -> LossFunction:

@@ -45,7 +45,8 @@ class Applied:
 
     `specs` has every parameter once, by its global name; `tied` gives for each other name of a tied parameter the one
     it has in `specs`. `replicated` lists (module, reason) for what the plan does not speak of. `logits` is the spec of
-    the last layer's weight where that is a column layer: the output is then cut along its last dim as `logits.parts`.
+    the last cut layer's weight where that is a column layer: if the module's output comes from it, it is cut along its
+    last dim as `logits.parts`.
     """
 
     specs: dict[str, Spec]
@@ -249,8 +250,8 @@ def _replicated(
 
 
 def _logits(styles: Mapping[str, str], names: Iterable[str], specs: Mapping[str, Spec]) -> Spec | None:
-    """The spec of the last cut layer's weight, if it is a column layer that no row layer follows."""
+    """The spec of the last cut layer's weight, if it is a column layer."""
     cut = [name for name in names if styles.get(name) in ("column", "row", "attention")]
-    if not cut or styles[cut[-1]] != "column" or "row" in _beside(styles, cut[-1]):
+    if not cut or styles[cut[-1]] != "column":
         return None
     return specs.get(f"{cut[-1]}.weight")
