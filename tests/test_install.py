@@ -21,7 +21,7 @@ GCC = Compiler(("g++",), "gcc", "12.2.0")
 FACTS = Facts(
     python="cp311", machine="x86_64", libc="glibc-2.36", cores=4, memory_gib=16.0,
     cpu_flags=frozenset({"avx", "f16c", "fma", "sse2"}), torch=Torch("2.13.0+cpu", None, True), compiler=GCC,
-    nvcc=None, nccl=False,
+    cuda_home=None, cuda=(), nccl=None,
 )  # fmt: skip
 PYPI = mpi.Mpi("Open MPI", "4.1.8", "/env/bin", inside=True)
 DEBIAN = mpi.Mpi("Open MPI", "4.1.4", "/usr/bin", inside=False)
@@ -101,12 +101,13 @@ def test_each_compiler_gets_a_core_and_two_gib() -> None:
 
 
 def test_nccl_is_asked_for_where_cuda_nvcc_and_nccl_are() -> None:
-    gpu = replace(FACTS, torch=Torch("2.13.0", "13.0", True), nvcc="/usr/local/cuda/bin/nvcc", nccl=True)
+    gpu = replace(FACTS, torch=Torch("2.13.0", "13.0", True), cuda_home="/usr/local/cuda", nccl="/usr")
     assert flags.build_settings(gpu, {})["HOROVOD_GPU_OPERATIONS"] == "NCCL"
     assert flags.build_settings(gpu, {"HOROVOD_GPU_OPERATIONS": "MPI"})["HOROVOD_GPU_OPERATIONS"] == "MPI"
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(gpu, {"HOROVOD_GPU_ALLREDUCE": "MPI"})
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(FACTS, {})
-    without = replace(gpu, nvcc=None)
+    assert flags.build_settings(gpu, {})["CUDA_HOME"] == "/usr/local/cuda"
+    without = replace(gpu, cuda_home=None, nccl=None)
     assert "nvcc" in (flags.gpu_note(without, flags.build_settings(without, {})) or "")
     assert flags.gpu_note(FACTS, flags.build_settings(FACTS, {})) is None
 
@@ -183,6 +184,8 @@ def test_the_lines_shown_are_the_last_that_look_like_errors() -> None:
     lines = ["cc -c a.cc", "a.cc:1: error: no", "x", "a.cc:1: error: no", "error: subprocess-exited-with-error", "bye"]
     assert diagnosis.telling(lines) == ["a.cc:1: error: no"]
     assert diagnosis.telling(["one", "", "two"]) == ["one", "two"]
+    cmake = ["CMake Error at a.cmake:7 (message):", "  Could NOT find MPI", "  (missing: MPI_CXX)", "more"]
+    assert diagnosis.telling(cmake) == [line.strip() for line in cmake[:3]]
 
 
 def test_all_missing_tools_are_named_in_one_sentence() -> None:
@@ -203,6 +206,7 @@ def test_the_library_looks_for_its_neighbours_relative_to_itself() -> None:
     assert runpath("/v/lib:/v/lib/python3.11/site-packages/torch/lib", True, "/v") == f"$ORIGIN/../../../..:{torch}"
     assert runpath("/opt/mpi/lib:/v/lib/python3.11/site-packages/torch/lib", False, "/v") == f"{torch}:/opt/mpi/lib"
     assert runpath("", False, "/v") == torch
+    assert runpath("", False, "/v", nccl=True) == f"{torch}:$ORIGIN/../../nvidia/nccl/lib"
 
 
 def test_wheels_are_stored_whole_found_and_dropped(tmp_path: Path) -> None:

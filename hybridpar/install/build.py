@@ -31,6 +31,7 @@ class Plan:
     jobs: int
     mpi_inside: bool
     prefix: Path
+    nccl: Path | None = None  # the one from PyPI, which has no libnccl.so for linkers to find
 
 
 def pip(*arguments: str) -> list[str]:
@@ -63,7 +64,7 @@ def needs_cmake(told: str | None) -> bool:
     return not (3, 13) <= version_of(told or "") < (4,)
 
 
-def runpath(built: str, mpi_inside: bool, prefix: str) -> str:
+def runpath(built: str, mpi_inside: bool, prefix: str, nccl: bool = False) -> str:
     """Where the library looks for libmpi and torch: relative to itself what is inside the environment.
 
     Example:
@@ -71,7 +72,8 @@ def runpath(built: str, mpi_inside: bool, prefix: str) -> str:
         '$ORIGIN/../../../..:$ORIGIN/../../torch/lib:/opt/mpi/lib'
     """
     outside = [p for p in built.split(":") if p and p != prefix and not p.startswith(f"{prefix}/")]
-    return ":".join([*(["$ORIGIN/../../../.."] if mpi_inside else []), "$ORIGIN/../../torch/lib", *outside])
+    parts = [(mpi_inside, "../../../.."), (True, "../../torch/lib"), (nccl, "../../nvidia/nccl/lib")]
+    return ":".join([*(f"$ORIGIN/{path}" for wanted, path in parts if wanted), *outside])
 
 
 def build(plan: Plan, environment: Mapping[str, str], work: Path, log: Path, out: TextIO) -> Path:
@@ -85,7 +87,7 @@ def build(plan: Plan, environment: Mapping[str, str], work: Path, log: Path, out
     wrapper.chmod(0o755)
     wanted = work / "horovod.txt"
     wanted.write_text(f"horovod=={HOROVOD} --hash=sha256:{SDIST_SHA256}\n")
-    ready = _environment(plan, environment, tools, wrapper)
+    ready = {**_environment(plan, environment, tools, wrapper), **_nccl(plan.nccl, work / "nccl")}
     # pip's own cache must stay out: it does not know which torch a wheel was built against.
     command = pip(
         "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--no-binary", "horovod",
@@ -108,8 +110,24 @@ def _environment(plan: Plan, environment: Mapping[str, str], tools: Path, wrappe
         **plan.settings,
         "CXX": str(wrapper),
         "MAKEFLAGS": f"-j{plan.jobs}",
-        "PATH": f"{tools / 'bin'}:{environment['PATH']}",
+        "PATH": ":".join([str(tools / "bin"), *_nvcc(plan.settings), environment["PATH"]]),
         "PYTHONPATH": ":".join(p for p in (str(tools), environment.get("PYTHONPATH")) if p),
+    }
+
+
+def _nvcc(settings: Mapping[str, str]) -> list[str]:
+    return [f"{settings['CUDA_HOME']}/bin"] if "CUDA_HOME" in settings else []
+
+
+def _nccl(pypi: Path | None, links: Path) -> dict[str, str]:
+    if pypi is None:
+        return {}
+    links.mkdir()
+    (links / "libnccl.so").symlink_to(next((pypi / "lib").glob("libnccl.so.*")))
+    return {
+        "HOROVOD_NCCL_INCLUDE": str(pypi / "include"),
+        "HOROVOD_NCCL_LIB": str(links),
+        "HOROVOD_NCCL_LINK": "SHARED",
     }
 
 
@@ -127,7 +145,7 @@ def _relocatable(wheel: Path, plan: Plan, environment: Mapping[str, str], work: 
     if library is None:
         raise Missing(f"Horovod {HOROVOD} was built without torch support: the output of the build is in the log")
     built = _run(["patchelf", "--print-rpath", str(library)], environment).strip()
-    new = runpath(built, plan.mpi_inside, str(plan.prefix))
+    new = runpath(built, plan.mpi_inside, str(plan.prefix), plan.nccl is not None)
     _run(["patchelf", "--set-rpath", new, str(library)], environment)
     patched.mkdir()
     _run([sys.executable, "-m", "wheel", "pack", str(library.parents[2]), "-d", str(patched)], environment)

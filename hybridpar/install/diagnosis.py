@@ -18,8 +18,9 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"Could NOT find NCCL",
      "NCCL is missing: set HOROVOD_NCCL_HOME to the folder that holds its include and lib, or unset "
      "HOROVOD_GPU_OPERATIONS"),
-    (r"Could NOT find CUDAToolkit|No CMAKE_CUDA_COMPILER could be found",
-     "the CUDA toolkit is missing: set CUDA_HOME to it, or unset HOROVOD_GPU_OPERATIONS"),
+    (r"Could NOT find CUDAToolkit|No CMAKE_CUDA_COMPILER could be found|Unable to find cudart library",
+     "the CUDA toolkit is not whole: set CUDA_HOME to one that has bin/nvcc, include and lib64, or unset "
+     "HOROVOD_GPU_OPERATIONS"),
     (r"No CMAKE_CXX_COMPILER could be found|CMAKE_CXX_COMPILER not set",
      "a C++ compiler is missing: on Debian and Ubuntu `apt-get install g++`"),
     (r"No CMAKE_C_COMPILER could be found|CMAKE_C_COMPILER not set",
@@ -69,6 +70,10 @@ def name(lines: Sequence[str]) -> str:
 
 def telling(lines: Sequence[str], most: int = 8) -> list[str]:
     """The last lines that look like errors, at most `most`; the very last ones where none does."""
-    found = [line.strip() for line in lines if _TELLING.search(line) and not _EMPTY.search(line)]
-    unique = list(dict.fromkeys(line[:300] for line in found))
-    return unique[-most:] or [line.strip()[:300] for line in lines if line.strip()][-most:]
+    ends = [i for i, line in enumerate(lines) if "subprocess-exited-with-error" in line]
+    own = [line.strip()[:300] for line in lines[: ends[0] if ends else None] if line.strip()]
+    # CMake's messages stand in the lines below "CMake Error at".
+    found = [i for i, line in enumerate(own) if _TELLING.search(line) and not _EMPTY.search(line)]
+    shown = {j for i in found for j in range(i, i + (3 if own[i].startswith("CMake Error") else 1)) if j < len(own)}
+    unique = list(dict.fromkeys(own[i] for i in sorted(shown)))
+    return unique[-most:] or own[-most:]

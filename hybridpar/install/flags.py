@@ -63,11 +63,14 @@ def jobs(facts: Facts) -> int:
 
 
 def build_settings(facts: Facts, environment: Mapping[str, str]) -> dict[str, str]:
-    """What Horovod's build is told through HOROVOD_*; the user's own settings win where they do not break it."""
+    """What Horovod's build is told through the environment; the user's own settings win where they do not break it."""
     wished = {k: v for k, v in environment.items() if k.startswith(BUILD_NAMES)}
     gpu = {}
-    if facts.torch.cuda and facts.nvcc and facts.nccl and not any(k.startswith("HOROVOD_GPU") for k in wished):
-        gpu = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
+    if facts.cuda_home:
+        # torch and Horovod would each guess, and a script in /usr/local/bin misleads both.
+        gpu = {"CUDA_HOME": facts.cuda_home, "HOROVOD_CUDA_HOME": facts.cuda_home}
+        if facts.nccl and not any(k.startswith("HOROVOD_GPU") for k in wished):
+            gpu["HOROVOD_GPU_OPERATIONS"] = "NCCL"
     return {
         "HOROVOD_BUILD_ARCH_FLAGS": arch_flags(facts),
         **gpu,
@@ -84,7 +87,7 @@ def gpu_note(facts: Facts, settings: Mapping[str, str]) -> str | None:
     """What to say about GPUs, if torch has CUDA."""
     if facts.torch.cuda is None or settings.get("HOROVOD_GPU_OPERATIONS"):
         return None
-    lacks = "nvcc" if facts.nvcc is None else "nccl.h"
+    lacks = "nccl.h" if facts.cuda_home else "the CUDA toolkit (nvcc)"
     return (
         f"GPU: torch has CUDA {facts.torch.cuda} but {lacks} is not on this machine, so Horovod is built without NCCL "
         "and copies gradients through the CPU; to change that install the CUDA toolkit and NCCL's headers, set "

@@ -62,8 +62,9 @@ class Facts:
     cpu_flags: frozenset[str]
     torch: Torch
     compiler: Compiler
-    nvcc: str | None
-    nccl: bool
+    cuda_home: str | None  # a CUDA toolkit, if torch has CUDA
+    cuda: tuple[int, ...]  # its version
+    nccl: str | None  # the folder that holds NCCL's include and lib
 
 
 def scripts() -> Path:
@@ -186,8 +187,7 @@ def find_tools(environment: Mapping[str, str], headers: bool) -> Compiler:
 
 def gather(environment: Mapping[str, str], torch: Torch, compiler: Compiler) -> Facts:
     """All the facts."""
-    cuda_home = environment.get("CUDA_HOME") or environment.get("HOROVOD_CUDA_HOME") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc", path=f"{cuda_home}/bin:{environment.get('PATH', '')}") if torch.cuda else None
+    cuda_home = _cuda_home(environment) if torch.cuda else None
     return Facts(
         python=f"cp{sys.version_info[0]}{sys.version_info[1]}",
         machine=platform.machine(),
@@ -197,15 +197,30 @@ def gather(environment: Mapping[str, str], torch: Torch, compiler: Compiler) -> 
         cpu_flags=_cpu_flags(),
         torch=torch,
         compiler=compiler,
-        nvcc=nvcc,
-        nccl=_has_nccl(environment, cuda_home),
+        cuda_home=cuda_home,
+        cuda=version_of((output([f"{cuda_home}/bin/nvcc", "--version"]) if cuda_home else None) or ""),
+        nccl=_nccl(environment, cuda_home) if cuda_home else None,
     )
 
 
-def _has_nccl(environment: Mapping[str, str], cuda_home: str) -> bool:
-    folders = [environment.get("HOROVOD_NCCL_HOME"), cuda_home, "/usr", "/usr/local"]
-    includes = [environment.get("HOROVOD_NCCL_INCLUDE"), *(f"{f}/include" for f in folders if f)]
-    return any(Path(folder, "nccl.h").exists() for folder in includes if folder)
+def _cuda_home(environment: Mapping[str, str]) -> str | None:
+    """The first folder that is a whole toolkit; nvcc on PATH may be a link or a script outside of it."""
+    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
+    named = [environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH")]
+    places = [*named, str(Path(nvcc).resolve().parents[1]) if nvcc else None, "/usr/local/cuda"]
+    whole = (p for p in places if p and Path(p, "bin/nvcc").exists() and Path(p, "include/cuda_runtime.h").exists())
+    return next(whole, None)
+
+
+def _nccl(environment: Mapping[str, str], cuda_home: str) -> str | None:
+    """NCCL on the machine, else the one that torch brings from PyPI."""
+    places = [environment.get("HOROVOD_NCCL_HOME"), cuda_home, "/usr", "/usr/local", str(pypi_nccl())]
+    return next((p for p in places if p and Path(p, "include/nccl.h").exists()), None)
+
+
+def pypi_nccl() -> Path:
+    """Where NCCL from PyPI is, if it is installed."""
+    return Path(sysconfig.get_path("purelib"), "nvidia", "nccl")
 
 
 def _cpu_flags() -> frozenset[str]:

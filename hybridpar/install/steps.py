@@ -95,7 +95,9 @@ def _recipe(
     if note:
         say(note)
     inside = choice.mpi is None or choice.mpi.inside
-    plan = Plan(wrapper, settings, wishes.jobs or flags.jobs(facts), inside, probe.prefix())
+    jobs = wishes.jobs or flags.jobs(facts)
+    nccl = probe.pypi_nccl() if facts.nccl == str(probe.pypi_nccl()) else None
+    plan = Plan(wrapper, settings, jobs, inside, probe.prefix(), nccl)
     return _Recipe(plan, folder, cache.key(facts, choice.mpi, settings, wrapper))
 
 
