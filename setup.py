@@ -6,13 +6,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+README = Path(__file__).with_name("README.md")
 EXAMPLES = ["tokenizers", "scikit-learn", "matplotlib"]
 
 setup(
     name="hybridpar",
     version="0.1.0",
     description="Tensor x pipeline x data parallelism for PyTorch on MPI and Horovod",
-    long_description=Path(__file__).with_name("README.md").read_text() if Path("README.md").exists() else "",
+    long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
