@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 README = Path(__file__).with_name("README.md")
-EXAMPLES = ["tokenizers", "scikit-learn", "matplotlib"]
+EXAMPLES = ["tokenizers", "scikit-learn", "matplotlib", "tqdm"]
 
 setup(
     name="hybridpar",

@@ -107,6 +107,7 @@ def test_nccl_is_asked_for_where_cuda_nvcc_and_nccl_are() -> None:
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(gpu, {"HOROVOD_GPU_ALLREDUCE": "MPI"})
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(FACTS, {})
     assert flags.build_settings(gpu, {})["CUDA_HOME"] == "/usr/local/cuda"
+    assert "gets NCCL" in (flags.gpu_note(gpu, flags.build_settings(gpu, {})) or "")
     without = replace(gpu, cuda_home=None, nccl=None)
     assert "nvcc" in (flags.gpu_note(without, flags.build_settings(without, {})) or "")
     assert flags.gpu_note(FACTS, flags.build_settings(FACTS, {})) is None

@@ -85,8 +85,10 @@ def build_settings(facts: Facts, environment: Mapping[str, str]) -> dict[str, st
 
 def gpu_note(facts: Facts, settings: Mapping[str, str]) -> str | None:
     """What to say about GPUs, if torch has CUDA."""
-    if facts.torch.cuda is None or settings.get("HOROVOD_GPU_OPERATIONS"):
+    if facts.torch.cuda is None:
         return None
+    if settings.get("HOROVOD_GPU_OPERATIONS"):
+        return f"GPU: Horovod gets {settings['HOROVOD_GPU_OPERATIONS']}, with the CUDA toolkit in {facts.cuda_home}"
     lacks = "nccl.h" if facts.cuda_home else "the CUDA toolkit (nvcc)"
     return (
         f"GPU: torch has CUDA {facts.torch.cuda} but {lacks} is not on this machine, so Horovod is built without NCCL "
