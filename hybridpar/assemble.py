@@ -61,6 +61,7 @@ def parallelize(
     chunks = chunks or (2 if schedule == "interleaved" else 1)
     custom = schedule.endswith(".csv")
     if mesh.pipeline.size == 1 and not custom:
+        build(schedule, 1, 1, chunks)  # refuses here what it would refuse on many ranks
         schedule, chunks = "1f1b", 1  # one rank, one stage
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
     bounds, weights = _bounds(module, len(homes), mesh, chain, stages, costs, example)

@@ -117,6 +117,9 @@ class ParallelModel:
     def _with_loss(self, batch: tuple[Any, Any], microbatches: int, training: bool) -> float:
         if self._loss is None:
             raise ValueError("this model was parallelized without a loss: hp.parallelize(module, mesh, loss=...)")
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            held = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+            raise ValueError(f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__}{held}")
         world, loss = self.world, self._loss
         inputs, targets = to_device(batch, world.device)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)

@@ -120,7 +120,7 @@ def test_a_horovod_built_for_another_torch_is_refused_with_the_way_out(monkeypat
 
     check_built()
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    with pytest.raises(ValueError, match=r"built for torch .* and torch 9\.9\.9 is installed.*hybridpar\.install"):
+    with pytest.raises(RuntimeError, match=r"built for torch .* and torch 9\.9\.9 is installed.*hybridpar\.install"):
         check_built()
 
 

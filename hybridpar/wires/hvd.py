@@ -37,7 +37,7 @@ _WAY_OUT = "build it with `python -m hybridpar.install`"
 
 
 def check_built() -> None:
-    """Raise ValueError unless Horovod is here, built with MPI and for the torch that is installed.
+    """Raise RuntimeError unless Horovod is here, built with MPI and for the torch that is installed.
 
     Example:
         >>> check_built()       # silent where all is well      # doctest: +SKIP
@@ -45,19 +45,20 @@ def check_built() -> None:
     try:
         import horovod
 
-        hvd = _hvd()
-        built = hvd.mpi_built()
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise ValueError(f"Horovod with PyTorch cannot be loaded ({error}); {_WAY_OUT}") from error
+        version = horovod.__version__
+        facts = Path(horovod.__file__).with_name("metadata.json")  # written when Horovod is built
+        torch_then = json.loads(facts.read_text()).get("pytorch") if facts.exists() else None
+        # Before it is loaded: one built for another torch often fails there, with the name of a lost C++ symbol.
+        if torch_then not in (None, torch.__version__):
+            raise RuntimeError(
+                f"Horovod {version} was built for torch {torch_then} and torch {torch.__version__} is installed; {_WAY_OUT}"
+            )
+        built = _hvd().mpi_built()
+    except (ImportError, AttributeError, OSError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RuntimeError(f"Horovod with PyTorch cannot be loaded ({why}); {_WAY_OUT}") from error
     if not built:
-        raise ValueError(f"Horovod {horovod.__version__} was built without MPI; {_WAY_OUT}")
-    facts = Path(horovod.__file__).with_name("metadata.json")  # written when Horovod is built
-    torch_then = json.loads(facts.read_text()).get("pytorch") if facts.exists() else None
-    if torch_then not in (None, torch.__version__):
-        raise ValueError(
-            f"Horovod {horovod.__version__} was built for torch {torch_then} and torch {torch.__version__} is "
-            f"installed; {_WAY_OUT}"
-        )
+        raise RuntimeError(f"Horovod {version} was built without MPI; {_WAY_OUT}")
 
 
 class HorovodAxis(Axis):
