@@ -20,17 +20,20 @@ from hybridpar.shard import balanced
 from hybridpar.wires.axis import Axis, Handle
 
 _OPS = {"sum": dist.ReduceOp.SUM, "average": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_WIDER = {torch.int16: torch.int32, torch.bool: torch.int32}  # neither carrier adds these
 
 
 class TorchHandle:
     """A torch.distributed work under way; keeps its tensor alive."""
 
-    def __init__(self, work: dist.Work, x: Tensor, finish: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(self, work: dist.Work, x: Tensor, finish: Callable[[], Tensor] | None = None) -> None:
         self._work, self._x, self._finish = work, x, finish
 
     def wait(self) -> Tensor:
         self._work.wait()
-        return self._finish(self._x)
+        if self._finish is not None:
+            self._x, self._finish = self._finish(), None
+        return self._x
 
     def done(self) -> bool:
         return self._work.is_completed()
@@ -52,8 +55,9 @@ class TorchAxis(Axis):
         return True
 
     def start_allreduce(self, x: Tensor, op: str = "sum", name: str | None = None) -> Handle:
-        work = dist.all_reduce(x, _OPS[op], group=self._all, async_op=True)
-        return TorchHandle(work, x, (lambda x: x.div_(self.size)) if op == "average" else (lambda x: x))
+        wide = x.to(_WIDER.get(x.dtype, x.dtype))
+        work = dist.all_reduce(wide, _OPS[op], group=self._all, async_op=True)
+        return TorchHandle(work, x, lambda: self._finish(x, wide, op))
 
     def allgather(self, x: Tensor, dim: int = 0) -> Tensor:
         lengths = self._control.objects(x.shape[dim])
@@ -61,47 +65,59 @@ class TorchAxis(Axis):
         # Both carriers want equal shapes: shorter pieces are padded, and cut again after the journey.
         mine = x.detach().movedim(dim, 0).contiguous()
         padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])]) if len(mine) < most else mine
-        all_ = padded.new_empty(self.size * most, *padded.shape[1:])
-        dist.all_gather(list(all_.split(most)), padded, group=self._all)
-        pieces = [piece[:n] for piece, n in zip(all_.split(most), lengths)]
-        return torch.cat(pieces).movedim(0, dim).contiguous()
+        all_ = padded.new_empty(self.size, *padded.shape)
+        dist.all_gather([_words(place) for place in all_], _words(padded), group=self._all)
+        return torch.cat([place[:n] for place, n in zip(all_, lengths)]).movedim(0, dim).contiguous()
 
     def reduce_scatter(self, x: Tensor, dim: int = 0) -> Tensor:
         moved = x.detach().movedim(dim, 0)
         pieces = [moved[a:b] for a, b in balanced(len(moved), self.size)]
         most = len(pieces[0])
-        padded = moved.new_zeros(self.size, most, *moved.shape[1:])
+        padded = moved.new_zeros(self.size, most, *moved.shape[1:], dtype=_WIDER.get(x.dtype, x.dtype))
         for place, piece in zip(padded, pieces):
             place[: len(piece)] = piece
         got = torch.empty_like(padded[0])
         dist.reduce_scatter(got, list(padded), group=self._all)
-        return got[: len(pieces[self.index])].movedim(0, dim).contiguous()
+        return got[: len(pieces[self.index])].to(x.dtype).movedim(0, dim).contiguous()
 
     def alltoall(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         counts = [len(p) for p in pieces]
         coming = [row[self.index] for row in self._control.objects(counts)]
         sent = torch.cat([p.detach() for p in pieces])
         got = sent.new_empty(sum(coming), *sent.shape[1:])
-        dist.all_to_all_single(got, sent, coming, counts, group=self._all)
+        row = sent.shape[1:].numel() * sent.element_size()  # in words
+        there, here = [n * row for n in coming], [n * row for n in counts]
+        dist.all_to_all_single(_words(got), _words(sent), there, here, group=self._all)
         return list(got.split(coming))
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
-        dist.broadcast(x, self.ranks[source], group=self._all)
+        dist.broadcast(_words(x), self.ranks[source], group=self._all)
         return x
 
     def send(self, x: Tensor, to: int, tag: int) -> Handle:
         sent = x.detach()
-        return TorchHandle(dist.isend(sent, self.ranks[to], group=self._up if to > self.index else self._down), sent)
+        group = self._up if to > self.index else self._down
+        return TorchHandle(dist.isend(_words(sent), self.ranks[to], group=group), sent)
 
     def recv(self, x: Tensor, source: int, tag: int) -> Handle:
         group = self._up if source < self.index else self._down
-        return TorchHandle(dist.irecv(x, self.ranks[source], group=group), x)
+        return TorchHandle(dist.irecv(_words(x), self.ranks[source], group=group), x)
 
     def objects(self, value: Any) -> list[Any]:
         return self._control.objects(value)
 
     def barrier(self) -> None:
         self._control.barrier()
+
+    def _finish(self, x: Tensor, wide: Tensor, op: str) -> Tensor:
+        if op == "average":
+            wide.div_(self.size)
+        return x if wide is x else x.copy_(wide)
+
+
+def _words(x: Tensor) -> Tensor:
+    """The bytes of `x` (contiguous), whatever its dtype: carriers know some dtypes only. They share memory."""
+    return x.detach().view(-1).view(torch.uint8)
 
 
 def torch_axes(
