@@ -32,7 +32,7 @@ test: .venv/ready
 	.venv/bin/python -m pytest $(ARGS)
 
 bench: .venv/ready
-	.venv/bin/python benchmarks/compare.py $(ARGS)
+	.venv/bin/python -m benchmarks.compare $(ARGS)
 
 setup: .venv/ready
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.candidates import Candidate
-from benchmarks.machine import busy_seconds, cores, mpirun
+from benchmarks.machine import busy_seconds, cores, environment
 from benchmarks.work import Work
+from hybridpar.install import mpi
 
 START_SECONDS, TURN_SECONDS, END_SECONDS = 300, 600, 10  # how long to wait for a start, a turn, an end
 
@@ -160,18 +161,15 @@ def _commands(candidate: Candidate, arguments: list[str]) -> list[list[str]]:
     """One command per rank, or one mpirun that starts them all."""
     if candidate.launcher == "python":
         return [[*arguments, f"--rank={rank}"] for rank in range(candidate.ranks)]
-    command = mpirun()
-    if not command:
-        raise RuntimeError(f"{candidate.name} needs mpirun, which is neither beside {sys.executable} nor on the PATH")
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    bound = [sys.executable, "-m", "benchmarks.bound", command]
-    return [[*bound, "-np", str(candidate.ranks), "--bind-to", "none", *root, *arguments, "--rank=-1"]]
+    bound = [sys.executable, "-m", "benchmarks.bound"]
+    return [[*bound, *mpi.mpirun(candidate.ranks, [*arguments, "--rank=-1"])]]
 
 
 def _environment(candidate: Candidate) -> dict[str, str]:
     threads = str(cores() if candidate.all_cores else 1)
     here = str(Path(__file__).parent.parent)
-    return {**os.environ, "OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": here}
+    own = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": here}
+    return {**mpi.settings(os.environ, *environment()), **own}
 
 
 def _mean(losses: tuple[float | None, ...]) -> float:

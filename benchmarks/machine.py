@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+
+from hybridpar.install import mpi
 
 
 def cores() -> int:
@@ -17,10 +17,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def mpirun() -> str | None:
-    """The mpirun beside this interpreter, or the one on the PATH."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
+def environment() -> tuple[Path, Path]:
+    """Where this interpreter's commands lie, and the prefix of its environment."""
+    return Path(sys.executable).parent, Path(sys.prefix)
 
 
 def busy_seconds() -> float:
@@ -62,6 +61,5 @@ def _version(package: str) -> str:
 
 
 def _mpi() -> str:
-    command = mpirun()
-    told = command and subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
-    return told.splitlines()[0].removeprefix("mpirun ").strip() if told else "absent"
+    inside, outside = mpi.find(os.environ, *environment())
+    return str(inside or outside or "absent").partition(" in ")[0]  # without the folder
