@@ -35,12 +35,12 @@ def bits(x: Tensor) -> list[int]:
     return x.contiguous().view(-1).view(torch.uint8).tolist()
 
 
-@ranks(2, 3)
+@ranks(4)
 def test_allreduce_of_every_dtype_op_and_shape_is_the_one_of_the_stack(axis: Any) -> None:
     combine = {"sum": torch.sum, "average": torch.mean, "max": torch.amax, "min": torch.amin}
     for dtype in (*FLOATS, *WHOLE):
         for op in combine if dtype.is_floating_point else ("sum", "max", "min"):
-            for shape in ((), (1,), (5,), (3, 7), (0,)):
+            for shape in ((), (2, 3), (0,)):
                 all_ = [numbers(i, shape, dtype) for i in range(axis.size)]
                 x = all_[axis.index].clone()
                 assert axis.start_allreduce(x, op, "same").wait() is x
@@ -48,7 +48,7 @@ def test_allreduce_of_every_dtype_op_and_shape_is_the_one_of_the_stack(axis: Any
                 torch.testing.assert_close(x.double(), want, rtol=ERROR.get(dtype, 1e-6), atol=1e-3 * (dtype in ERROR))
 
 
-@ranks(2, 3)
+@ranks(4)
 def test_pieces_of_every_dtype_move_whole(axis: Any) -> None:
     n, here = axis.size, axis.index
     for dtype in MOVED:
@@ -65,7 +65,7 @@ def test_pieces_of_every_dtype_move_whole(axis: Any) -> None:
         assert [bits(x) for x in got] == [bits(piece(source, here)) for source in range(n)]
 
 
-@ranks(2, 3)
+@ranks(4)
 def test_reduce_scatter_gives_each_index_its_balanced_piece_of_the_sum(axis: Any) -> None:
     for dtype in (*FLOATS, torch.int64, torch.int16):
         for dim, length in ((0, 1), (0, 8), (1, 5), (1, 0)):
