@@ -77,7 +77,9 @@ def init(
     stop_earlier_horovod(comm)
     torch.manual_seed(seed)
     carrier = os.environ.get("HYBRIDPAR_CARRIER") or carrier or "mpi"
-    return open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1")
+    opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1")
+    ending.watch(comm, opened.data.ranks)
+    return opened
 
 
 def _told(name: str, given: int | None) -> int | None:

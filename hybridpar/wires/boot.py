@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# What launchers tell each process they start: how many there are. A batch script's own shell is not a launched
-# process, so SLURM_NTASKS is not among them.
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "MV2_COMM_WORLD_SIZE")
+# What launchers tell each process they start: how many there are. The first one counts: an mpirun inside a Slurm job
+# starts its daemons as a step of their own. A batch script's own shell is not a launched process, so SLURM_NTASKS is
+# not among them.
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def start_mpi() -> MPI.Intracomm:
@@ -36,7 +37,7 @@ def start_mpi() -> MPI.Intracomm:
 
         mpi4py.rc.thread_level = "multiple"
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # no mpi4py; no MPI library that it could load
         raise RuntimeError(
             f"MPI is missing ({str(error).splitlines()[0]}): run `python -m hybridpar.install`, which installs one "
             "where the machine has none"
@@ -51,11 +52,15 @@ def start_mpi() -> MPI.Intracomm:
 
 
 def _check_size(size: int) -> None:
-    for name in _SIZES:
-        told = os.environ.get(name, "")
-        if told.isdigit() and int(told) != size:
-            raise RuntimeError(
-                f"the launcher started {told} processes ({name}={told}) but this one sees an MPI world of {size}: "
-                f"mpirun belongs to another MPI than {sys.prefix}; use `hybridpar run`, or the mpirun of the MPI "
-                "that `hybridpar doctor` names"
-            )
+    told = [(name, int(os.environ[name])) for name in _SIZES if os.environ.get(name, "").isdigit()]
+    if not told or told[0][1] == size:
+        return
+    name, started = told[0]
+    slurm = name.startswith("SLURM")
+    way_out = "`srun --mpi=pmix`, or mpirun inside the allocation" if slurm else (
+        "`hybridpar run`, or the mpirun of the MPI that `hybridpar doctor` names"
+    )
+    raise RuntimeError(
+        f"the launcher started {started} processes ({name}={started}) and this one sees an MPI world of {size}: "
+        f"{'srun' if slurm else 'mpirun'} belongs to another MPI than the one that {sys.prefix} uses; start with {way_out}"
+    )

@@ -3,29 +3,46 @@
 MPI alone would leave the others waiting for ever: a rank that leaves with an exception waits for them in
 MPI_Finalize while they wait for its messages. So the first to fail prints and calls MPI_Abort.
 
+    an exception, in any thread     told, MPI_Abort(1); 2 where hybridpar says what the user did wrong
+    sys.exit(n), n not 0            MPI_Abort(n)
+    the end of the script           the rank waits until all have come there (farewell.py)
+
 Often many ranks fail at once, with the same error. Only one should speak: rank 0 does at once, the others a little
 later, and not at all if they have been ended by then; on one host a lock file decides between equals.
+
+A job of one process ends as Python ends, except that hybridpar's own errors are one sentence and not a traceback.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from hybridpar.wires import place
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-FAILED, MISUSED = 1, 2  # exit codes: something broke; the user asked for what cannot be
+    from hybridpar.wires.farewell import Farewell
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes: something broke; the user asked for what cannot be; Ctrl-C
 
 # How launchers tell a process its rank, for errors before MPI is up.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+# And what names the job on this host: two jobs must not silence each other.
+_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_STALE_SECONDS = 60.0  # a lock so much older than this process is of an earlier job with the same name
+_ABORT_SECONDS = 15  # MPI_Abort takes a moment; the process is killed if it does not return at all
 
 
 class Ending:
@@ -34,18 +51,22 @@ class Ending:
     def __init__(self) -> None:
         told = [os.environ[name] for name in _RANKS if os.environ.get(name, "").isdigit()]
         self._rank, self._many = int(told[0]) if told else 0, bool(told)
+        self._began = time.time()
+        self._process = os.getpid()  # a forked child has our hooks, and must not end the job
         self._world: MPI.Intracomm | None = None
-        self._exit_code: Any = 0
-        # The lock names the job, so that two jobs on one host do not silence each other.
-        job = os.environ.get("OMPI_MCA_ess_base_jobid") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
-        self._lock = os.path.join(tempfile.gettempdir(), f"hybridpar-{os.getuid()}-{job}.failed")
+        self._farewell: Farewell | None = None
+        self._code = 0
+        self._excepthook, self._thread_hook = sys.excepthook, threading.excepthook
+        job = "-".join(os.environ[name] for name in _JOBS if name in os.environ) or str(os.getppid())
+        # Open MPI removes the folder when the job is over, and what is in it.
+        folder = os.environ.get("PMIX_SERVER_TMPDIR", "")
+        folder = folder if os.path.isdir(folder) else tempfile.gettempdir()
+        self._lock = os.path.join(folder, f"hybridpar-{os.getuid()}-{job}.told")
 
     @classmethod
+    @functools.cache
     def installed(cls) -> Ending:
         """The one that watches this process; installed by the first call."""
-        found = getattr(sys.excepthook, "__self__", None)
-        if isinstance(found, cls):
-            return found
         ending = cls()
         ending._install()
         return ending
@@ -54,43 +75,88 @@ class Ending:
         """MPI is up: from now on a failure aborts `world`."""
         self._world, self._rank, self._many = world, world.rank, world.size > 1
 
+    def watch(self, comm: MPI.Intracomm, data_ranks: tuple[int, ...]) -> None:
+        """Horovod is up: a rank of `comm` that ends its script waits for the others. All of them call it together."""
+        from hybridpar.wires.farewell import Farewell
+
+        if self._farewell is None and comm.size > 1:
+            self._farewell = Farewell(comm, data_ranks, self._stuck)
+        # Horovod stops itself at exit, under the feet of the other ranks: exit functions run last in, first out.
+        atexit.unregister(self._leave)
+        atexit.register(self._leave)
+
     def failed(self, kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         """Say what happened, on one rank, and end the job."""
-        place = _raised_here(kind, trace)
-        code = 130 if issubclass(kind, KeyboardInterrupt) else FAILED
-        if place is not None:
+        where = place.of_error(trace) if issubclass(kind, ValueError | RuntimeError) else None
+        if os.getpid() != self._process or (where is None and not self._many):
+            self._excepthook(kind, error, trace)
+            return
+        if where is not None:
             code = MISUSED if issubclass(kind, ValueError) else FAILED
-            lines = [f"hybridpar: {error}\n", f"    at {place}\n"]
+            self._end([f"hybridpar: {error}\n", f"    at {where}\n"], code)
+        lines = "".join(traceback.format_exception(kind, error, trace)).splitlines(keepends=True)
+        self._end(lines, INTERRUPTED if issubclass(kind, KeyboardInterrupt) else FAILED)
+
+    def _install(self) -> None:
+        sys.excepthook = self.failed
+        threading.excepthook = self._failed_thread
+        sys.exit = self._exit
+        atexit.register(self._leave)
+
+    def _failed_thread(self, args: Any) -> None:
+        if self._many and not issubclass(args.exc_type, SystemExit):  # which ends just the thread
+            self.failed(args.exc_type, args.exc_value, args.exc_traceback)
         else:
-            lines = "".join(traceback.format_exception(kind, error, trace)).splitlines(keepends=True)
+            self._thread_hook(args)
+
+    def _exit(self, code: Any = None) -> None:
+        """sys.exit. The exception that it raises may be caught, so only the interpreter's end counts."""
+        raise _Exit(self._exiting, code)
+
+    def _exiting(self, code: Any) -> Any:
+        """The interpreter is about to end with `code`: returns what it shall end with."""
+        if os.getpid() != self._process or not self._many or code in (None, 0):
+            return code
+        if not isinstance(code, int):
+            if self._may_speak():
+                self._say([f"{code}\n"])
+            code = FAILED
+        self._code = code % 256 or FAILED
+        return self._code
+
+    def _leave(self) -> None:
+        """The interpreter ends."""
+        if os.getpid() != self._process or not self._many:
+            return
+        if self._code:
+            self._abort(self._code)
+        if getattr(sys, "last_value", None) is not None:  # told by somebody else's excepthook, put in place of ours
+            self._abort(FAILED)
+        if self._farewell is not None and not self._mpi_is_over():
+            try:
+                self._farewell.leave()
+            except KeyboardInterrupt:
+                self._end(["interrupted, waiting for the others to end\n"], INTERRUPTED)
+
+    def _stuck(self, sentence: str, code: int) -> None:
+        self._end([f"hybridpar: {sentence}\n"], code)
+
+    def _end(self, lines: Sequence[str], code: int) -> None:
+        """Say `lines`, unless another rank has spoken, and end the job."""
         if self._may_speak():
-            where = f"[rank {self._rank}] " if self._many else ""
-            sys.stdout.flush()
-            sys.stderr.write("".join(where + line for line in lines))
-            sys.stderr.flush()
+            self._say(lines)
         else:
             time.sleep(5)  # the one who speaks ends us all; should it be killed before, we end the job
         self._abort(code)
 
-    def _install(self) -> None:
-        if self._rank == 0:
-            _remove(self._lock)
-        leave = sys.exit
-
-        def remember(code: Any = None) -> None:
-            if threading.current_thread() is threading.main_thread():
-                self._exit_code = code
-            leave(code)
-
-        sys.exit = remember
-        sys.excepthook = self.failed
-        threading.excepthook = lambda args: self.failed(args.exc_type, args.exc_value, args.exc_traceback)
-        atexit.register(self._leave)
-
     def _may_speak(self) -> bool:
+        if not self._many:
+            return True
         if self._rank:
             time.sleep(0.3 + 0.1 * self._rank.bit_length())
         try:
+            if os.path.exists(self._lock) and os.path.getmtime(self._lock) < self._began - _STALE_SECONDS:
+                os.remove(self._lock)
             os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
@@ -98,43 +164,37 @@ class Ending:
             return True  # no room for a lock file: better told twice than not at all
         return True
 
+    def _say(self, lines: Sequence[str]) -> None:
+        sys.stdout.flush()
+        where = f"[rank {self._rank}] " if self._many else ""
+        sys.stderr.write("".join(where + line for line in lines))
+        sys.stderr.flush()
+
     def _abort(self, code: int) -> None:
-        if self._many and self._world is not None:
-            time.sleep(0.1)  # let the launcher forward what was written
+        if not self._many:
+            raise SystemExit(code)  # out of sys.excepthook: Python ends with this code, and as it always does
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.1)  # let the launcher forward what was written
+        if self._world is not None and not self._mpi_is_over():
+            signal.alarm(_ABORT_SECONDS)
             self._world.Abort(code)
         os._exit(code)
 
-    def _leave(self) -> None:
-        if self._exit_code not in (0, None):
-            sys.stdout.flush()
-            if isinstance(self._exit_code, str):
-                sys.stderr.write(f"[rank {self._rank}] {self._exit_code}\n" if self._many else f"{self._exit_code}\n")
-                sys.stderr.flush()
-            if self._many:
-                self._abort(self._exit_code if isinstance(self._exit_code, int) else FAILED)
-        elif self._world is not None:
-            # A rank that leaves early would shut Horovod down under the others.
-            self._world.Barrier()
-        _remove(self._lock)
+    def _mpi_is_over(self) -> bool:
+        from mpi4py import MPI
+
+        return MPI.Is_finalized()
 
 
-def _raised_here(kind: type[BaseException], trace: TracebackType | None) -> str | None:
-    """Where the user's code called hybridpar, if hybridpar itself raised this to the user, else None.
+class _Exit(SystemExit):
+    """What sys.exit raises: it tells `exiting` when the interpreter, and not the user's code, asks for its code."""
 
-    Such an error is a sentence that needs no traceback.
-    """
-    if not issubclass(kind, ValueError | RuntimeError) or trace is None:
-        return None
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    frames = traceback.extract_tb(trace)
-    if not frames[-1].filename.startswith(ours):
-        return None
-    users = [f for f in frames if not os.path.abspath(f.filename).startswith(ours)]
-    return f"{users[-1].filename}:{users[-1].lineno}" if users else "<hybridpar>"
+    def __init__(self, exiting: Any, code: Any) -> None:
+        super().__init__(*([] if code is None else [code]))
+        self._exiting = exiting
 
-
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except OSError:
-        return
+    @property
+    def code(self) -> Any:
+        code = SystemExit.code.__get__(self)
+        return code if sys._getframe().f_back is not None else self._exiting(code)

@@ -39,10 +39,15 @@ _MOST = 2**31 - 1  # MPI counts are C ints
 
 
 class MpiHandle:
-    """A request under way; keeps its tensor alive, and finishes the result after the request has completed."""
+    """A request under way; keeps its tensor alive, and finishes the result after the request has completed.
 
-    def __init__(self, request: MPI.Request, x: Tensor, finish: Callable[[], Tensor] | None = None) -> None:
-        self._request, self._x, self._finish = request, x, finish
+    `ranks` are those without which it cannot complete.
+    """
+
+    def __init__(
+        self, request: MPI.Request, x: Tensor, ranks: tuple[int, ...], finish: Callable[[], Tensor] | None = None
+    ) -> None:
+        self._request, self._x, self.ranks, self._finish = request, x, ranks, finish
 
     def wait(self) -> Tensor:
         self._request.Wait()
@@ -71,7 +76,7 @@ class MpiAxis(Axis):
         wide = x.to(_WIDER.get(x.dtype, x.dtype))
         sent = self._reachable(wide)
         request = self._comm.Iallreduce(MPI.IN_PLACE, _numbers(sent), _OPS[op])
-        return MpiHandle(request, sent, lambda: self._finish(x, sent, op))
+        return MpiHandle(request, sent, self.ranks, lambda: self._finish(x, sent, op))
 
     def allreduce(self, x: Tensor, op: str = "sum") -> Tensor:
         wide = x.to(_WIDER.get(x.dtype, x.dtype))
@@ -120,12 +125,13 @@ class MpiAxis(Axis):
 
     def send(self, x: Tensor, to: int, tag: int) -> Handle:
         sent = self._reachable(x.detach())
-        return MpiHandle(self._isend(_words(sent), dest=to, tag=tag), sent)
+        return MpiHandle(self._isend(_words(sent), dest=to, tag=tag), sent, (self.ranks[to],))
 
     def recv(self, x: Tensor, source: int, tag: int) -> Handle:
         got = self._reachable(x, fill=False)
         finish = None if got is x else (lambda: x.copy_(got))
-        return MpiHandle(self._comm.Irecv(_words(got), source=source, tag=tag), x, finish)
+        request = self._comm.Irecv(_words(got), source=source, tag=tag)
+        return MpiHandle(request, x, (self.ranks[source],), finish)
 
     def objects(self, value: Any) -> list[Any]:
         letter = bytearray(pickle.dumps(value))
