@@ -20,7 +20,7 @@ from hybridpar.pipeline.partition import partition
 from hybridpar.pipeline.schedule import build, read
 from hybridpar.pipeline.ties import Tie, Ties
 from hybridpar.seeds import Draw
-from hybridpar.split import Stage, Unit, estimated_costs, measured_costs, units
+from hybridpar.split import Stage, estimated_costs, measured_costs, units
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
@@ -72,16 +72,17 @@ def parallelize(
     all_stages = [Stage(s, parts[a:b]) for s, (a, b) in enumerate(zip(bounds, bounds[1:]))]
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
-    first, ties = _tie(all_stages, homes, mesh.pipeline.index)
+    first, ties = _tie(all_stages, homes, mesh.pipeline.index, applied.tied)
     for stage in mine.values():
         stage.to(mesh.device)
-    owned = [_owned(stage, first) for stage in mine.values()]
+    owned = [_owned(stage, first, applied.tied) for stage in mine.values()]
     return ParallelModel(
         world=mesh,
         stages=mine,
         owned=owned,
         applied=applied,
-        homes={name: homes[s] for name, s in _canonical(all_stages, first)},
+        homes={name: homes[s] for s, name in sorted(first.values(), key=lambda owner: owner[0])},
+        buffers={name: homes[s] for s, stage in reversed([*enumerate(all_stages)]) for name, _ in stage.kept()},
         executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, first_tag=len(ties)),
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
@@ -143,19 +144,21 @@ def _bounds(
     return tuple(partition(found, count)), found
 
 
-Owner = tuple[int, str]  # stage and name of a parameter's first use
+Owner = tuple[int, str]  # the first stage that uses a parameter, and the parameter's name
 
 
-def _tie(all_stages: Sequence[Stage], homes: Sequence[int], here: int) -> tuple[dict[int, Owner], list[Tie]]:
-    """The first use of each parameter, by id, and a tie for each later stage that uses it too.
+def _tie(
+    all_stages: Sequence[Stage], homes: Sequence[int], here: int, tied: Mapping[str, str]
+) -> tuple[dict[int, Owner], list[Tie]]:
+    """The owner of each parameter, by id, and a tie for each later stage that uses it too.
 
-    Later stages of this rank are given copies.
+    Later stages of this rank are given copies. Of a parameter's several names `tied` tells the one it goes by.
     """
     first: dict[int, Owner] = {}
     ties: list[Tie] = []
     for s, stage in enumerate(all_stages):
         for name, _, p in list(stage.named()):
-            owner, _ = first.setdefault(id(p), (s, name))
+            owner, _ = first.setdefault(id(p), (s, tied.get(name, name)))
             if owner == s or any(t.copy_stage == s and t.owner_name == first[id(p)][1] for t in ties):
                 continue
             copied = _replaced(stage, p, all_stages[owner]) if homes[s] == here else None
@@ -180,14 +183,10 @@ def _replaced(stage: Stage, p: nn.Parameter, owner: Stage) -> nn.Parameter:
     return copied
 
 
-def _owned(stage: Stage, first: Mapping[int, Owner]) -> Named:
+def _owned(stage: Stage, first: Mapping[int, Owner], tied: Mapping[str, str]) -> Named:
     """The parameters whose first use is in `stage`, each once."""
-    return [(name, p) for name, _, p in stage.named() if first.get(id(p)) == (stage.number, name)]
-
-
-def _canonical(all_stages: Sequence[Stage], first: Mapping[int, Owner]) -> list[tuple[str, int]]:
-    """(name, stage) of every parameter of the model, each once, in the order of the stages."""
-    return [(name, stage) for stage, name in sorted(first.values(), key=lambda owner: owner[0])]
+    found = {tied.get(name, name): p for name, _, p in stage.named() if id(p) in first}
+    return [(name, p) for name, p in found.items() if first[id(p)] == (stage.number, name)]
 
 
 def _report(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridpar.global_view import gather, take
+from hybridpar.global_view import everywhere, gather, take
 from hybridpar.loss import WeightedLoss, is_cut
 from hybridpar.microbatch import split_batch, to_device
 from hybridpar.optim.model import Averaging
@@ -53,6 +53,7 @@ class ParallelModel:
         owned: Sequence[Named],
         applied: Applied,
         homes: Mapping[str, int],
+        buffers: Mapping[str, int],
         executor: Executor,
         schedules: Callable[[int], Schedule],
         draw: Draw,
@@ -60,7 +61,8 @@ class ParallelModel:
         report: str,
     ) -> None:
         self.world, self.report = world, report
-        self._stages, self._owned, self._applied, self._homes = stages, owned, applied, homes
+        self._stages, self._owned, self._applied = stages, owned, applied
+        self._homes, self._buffers = homes, buffers  # the pipeline index of each parameter and buffer
         self._executor, self._schedules, self._draw = executor, schedules, draw
         self._loss = loss
         # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
@@ -158,11 +160,8 @@ class ParallelModel:
         world = self.world
         if is_cut(output, self._applied.logits, world.tensor):
             output = world.tensor.allgather(output, -1)
-        told = world.replica.objects(None if output is None else (output.dtype, tuple(output.shape)))
-        source = next(i for i, shape in enumerate(told) if shape is not None)
-        dtype, shape = told[source]
-        received = output.contiguous() if output is not None else torch.empty(shape, dtype=dtype, device=world.device)
-        return world.replica.broadcast(received, source)
+        told = world.replica.objects(output is not None)
+        return everywhere(output, told.index(True), world.replica, world.device)
 
     # ---- the module's face
 
@@ -215,32 +214,38 @@ class ParallelModel:
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The unsplit module's parameters, whole, on the CPU of every rank; all ranks call it together.
+        """The unsplit module's parameters and buffers, whole, on the CPU of every rank; all ranks call it together.
 
-        The plain module's `load_state_dict` reads it.
+        The plain module's `load_state_dict` reads it. Buffers such as running statistics, which each replica has from
+        its own samples, are those of the first replica.
         """
-        mine = dict(self.named_parameters())
-        state = {name: self._whole(mine[name] if name in mine else None, name) for name in self._homes}
-        return state | {name: state[first] for name, first in self._applied.tied.items()}
+        world, mine, kept = self.world, dict(self.named_parameters()), self._kept()
+        state = {name: self._whole(mine.get(name), name) for name in self._homes}
+        state |= {name: state[first] for name, first in self._applied.tied.items()}
+        for name, home in self._buffers.items():
+            source = world.mesh.rank(0, home, 0)
+            one = everywhere(kept.get(name), source, world.replica, world.device)
+            state[name] = world.peers.broadcast(one, 0).cpu()
+        return state
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
         self.wait()
-        mine = dict(self.named_parameters())
-        return {
-            name: self._whole(mine[name].grad if name in mine else None, name, maybe=True) for name in self._homes
-        }
+        grads = {name: p.grad for name, p in self.named_parameters()}
+        return {name: self._whole(grads.get(name), name) for name in self._homes}
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's shards from the unsplit module's `state`.
+        """Take this rank's shards, and its buffers, from the unsplit module's `state`.
 
-        Raises ValueError where a parameter is missing or of another shape.
+        Raises ValueError where one is missing or of another shape.
         """
-        for name, p in self.named_parameters():
+        specs = self._applied.specs
+        kept = {name: (x, Spec(name, tuple(x.shape))) for name, x in self._kept().items()}
+        for name, (x, spec) in ({name: (p, specs[name]) for name, p in self.named_parameters()} | kept).items():
             if name not in state:
                 raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
             with torch.no_grad():
-                p.copy_(take(state[name], self._applied.specs[name], self.world.tensor.index))
+                x.copy_(take(state[name], spec, self.world.tensor.index))
 
     def trace(self) -> Trace:
         """What every rank of the pipeline did in the last step, in seconds from its beginning; all call it together."""
@@ -251,18 +256,16 @@ class ParallelModel:
         """The schedule of a training step of so many microbatches."""
         return self._schedules(microbatches)
 
-    def _whole(self, shard: Tensor | None, name: str, maybe: bool = False) -> Tensor | None:
-        spec, home = self._applied.specs[name], self._homes[name]
-        here = self.world.pipeline.index == home
-        whole = gather(shard, spec, self.world.tensor) if here and shard is not None else None
-        source = self.world.mesh.rank(0, home, 0)
-        if maybe:
-            there = self.world.replica.objects(whole is not None)
-            if not there[source]:
-                return None
-        dtype = self.world.replica.objects(None if whole is None else whole.dtype)[source]
-        whole = whole.contiguous() if whole is not None else torch.empty(spec.shape, dtype=dtype, device=self.world.device)
-        return self.world.replica.broadcast(whole, source).cpu()
+    def _whole(self, shard: Tensor | None, name: str) -> Tensor | None:
+        """The whole of what its owners have shards of, on every rank."""
+        world, home = self.world, self._homes[name]
+        whole = None if shard is None else gather(shard, self._applied.specs[name], world.tensor)
+        whole = everywhere(whole, world.mesh.rank(0, home, 0), world.replica, world.device)
+        return None if whole is None else whole.cpu()
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The buffers of this rank's stages."""
+        return {name: x for stage in self._stages.values() for name, x in stage.kept()}
 
     def _evaluating(self) -> _Mode:
         return _Mode(self)

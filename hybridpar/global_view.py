@@ -17,7 +17,8 @@ def take(whole: Tensor, spec: Spec, index: int) -> Tensor:
     Raises ValueError where the shape is not the spec's.
     """
     if tuple(whole.shape) != spec.shape:
-        raise ValueError(f"{spec.name} has shape {list(spec.shape)} in this model and {list(whole.shape)} in what is loaded")
+        found, wanted = list(whole.shape), list(spec.shape)
+        raise ValueError(f"{spec.name} has shape {wanted} in this model and {found} in what is loaded")
     if spec.dim is None:
         return whole.clone()
     return torch.cat([whole.narrow(spec.dim, a, b - a) for a, b in spec.held(index)], spec.dim)
@@ -36,3 +37,13 @@ def gather(shard: Tensor, spec: Spec, axis: Axis) -> Tensor:
     for (a, b), (start, stop) in zip(ranges, pairwise(ends)):
         whole.narrow(spec.dim, a, b - a).copy_(together.narrow(spec.dim, start, stop - start))
     return whole
+
+
+def everywhere(x: Tensor | None, source: int, axis: Axis, device: torch.device) -> Tensor | None:
+    """The tensor of index `source`, on every rank of `axis`, who need not know its shape; None if there is none."""
+    told = axis.objects(None if x is None else (x.dtype, tuple(x.shape)))[source]
+    if told is None:
+        return None
+    dtype, shape = told
+    here = x.detach().contiguous() if axis.index == source else torch.empty(shape, dtype=dtype, device=device)
+    return axis.broadcast(here, source)

@@ -55,6 +55,13 @@ class Stage(nn.Module):
             for name, parameter in module.named_parameters(remove_duplicate=False):
                 yield (f"{unit}.{name}" if unit else name), unit, parameter
 
+    def kept(self) -> Iterable[tuple[str, Tensor]]:
+        """(name in the unsplit module, buffer) of what a state dict has besides parameters."""
+        for unit, module in zip(self.names, self.units):
+            for name, x in module.state_dict(keep_vars=True).items():
+                if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                    yield (f"{unit}.{name}" if unit else name), x
+
 
 def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
     """The units of `module` in the order in which they call one another.
@@ -62,7 +69,7 @@ def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
     Raises ValueError where the module has no chain, or the chain names what is not there.
     """
     if isinstance(module, nn.Sequential) and chain is None:
-        return list(module.named_children())
+        return _children(module)
     chain = chain if chain is not None else getattr(module, "chain", None)
     if chain is None:
         raise ValueError(
@@ -77,7 +84,7 @@ def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
         except AttributeError:
             names = ", ".join(name for name, _ in module.named_children())
             raise ValueError(f"chain names {pattern!r}, and {type(module).__name__} has {names}") from None
-        found += [(f"{parent}.{name}", child) for name, child in part.named_children()] if star else [(parent, part)]
+        found += [(f"{parent}.{name}", child) for name, child in _children(part)] if star else [(parent, part)]
     inside = {id(p) for _, part in found for p in part.parameters()}
     outside = [name for name, p in module.named_parameters() if id(p) not in inside]
     if outside:
@@ -86,6 +93,11 @@ def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
             "every parameter must be in a part that the chain calls"
         )
     return found
+
+
+def _children(module: nn.Module) -> list[Unit]:
+    """Each child as often as it is there: `named_children` names one that is called twice once."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def estimated_costs(parts: Sequence[Unit]) -> list[float]:
@@ -103,27 +115,41 @@ def _products(module: nn.Module) -> int:
 
 
 def measured_costs(parts: Sequence[Unit], inputs: Any, repeats: int = 3) -> list[float]:
-    """Seconds of a forward and a backward of each unit on `inputs`, the least of `repeats` tries."""
-    value: Any = inputs if isinstance(inputs, tuple) else (inputs,)
+    """Seconds of a forward and a backward of each unit on `inputs`, the least of `repeats` tries.
+
+    The units are left as they were: buffers and random numbers are put back, gradients dropped.
+    """
+    value: Any = inputs
+    kept = [(x, x.clone()) for _, part in parts for x in part.buffers()]
+    skips = boxes(nn.ModuleList(part for _, part in parts))
     seconds = []
-    for _, part in parts:
-        tries = []
-        for _ in range(repeats + 1):  # the first warms up
-            args = tuple(_leaf(v) for v in (value if isinstance(value, tuple) else (value,)))
-            began = time.perf_counter()
-            result = part(*args)
-            _pull(result)
-            tries.append(time.perf_counter() - began)
-        seconds.append(min(tries[1:]))
-        value = result
+    with torch.random.fork_rng(devices=[]):
+        for _, part in parts:
+            tries = []
+            stashed = [{name: t.detach() for name, t in box.items()} for box in skips]
+            for _ in range(repeats + 1):  # the first warms up
+                for box, before in zip(skips, stashed):
+                    box.clear()
+                    box.update({name: _fresh(t) for name, t in before.items()})
+                args = tuple(map(_fresh, value if isinstance(value, tuple) else (value,)))
+                began = time.perf_counter()
+                result = part(*args)
+                _pull(result)
+                tries.append(time.perf_counter() - began)
+            seconds.append(min(tries[1:]))
+            value = result
     for _, part in parts:
         part.zero_grad()
+    with torch.no_grad():
+        for x, before in kept:
+            x.copy_(before)
     return seconds
 
 
-def _leaf(value: Any) -> Any:
+def _fresh(value: Any) -> Any:
+    """`value` without its past; a copy that asks for a gradient and may be changed in place."""
     if isinstance(value, Tensor):
-        return value.detach().requires_grad_(value.is_floating_point())
+        return value.detach().requires_grad_(value.is_floating_point()).clone()
     return value
 
 

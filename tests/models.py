@@ -35,7 +35,7 @@ def layers(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def tokens(step: int) -> tuple[Tensor, Tensor]:
-    """(ids, targets) int64 [b, l] of one step; about a tenth of the targets is ignored, and all those of samples 0 to 4.
+    """(ids, targets) int64 [b, l] of one step; a tenth of the targets is ignored, and all of samples 0 to 4.
 
     Those are a whole microbatch, and on 4 or more replicas all that one replica has.
     """

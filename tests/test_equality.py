@@ -1,17 +1,17 @@
 """The proof: training on any mesh, by any schedule, equals a loop in plain PyTorch.
 
-Tolerances. All ranks add the same terms as one process does, in another order. One sum of some thousand terms of size 1
-then differs by some 1e-15 in fp64. AdamW divides a gradient by its own size plus eps, so where the true gradient is zero
-(the biases of keys: a softmax does not see what is added to all of its scores) it steps by noise * lr / eps. With noise of
-1e-16 and torch's eps of 1e-8 that is 1e-10 at lr=1e-2, the tolerance itself; with eps=1e-6 there are two digits to
-spare. fp32 has noise of 1e-7 and gradients of 1e-2 here: eps=1e-4 keeps its steps within 1e-5. Losses are numbers of size
-4, gradients and weights of size 1 and less, so differences are absolute.
+Tolerances. All ranks add the same terms as one process does, in another order. One sum of some thousand terms of size
+1 then differs by some 1e-15 in fp64. AdamW divides a gradient by its own size plus eps, so where the true gradient is
+zero (the biases of keys: a softmax does not see what is added to all of its scores) it steps by noise * lr / eps. With
+noise of 1e-16 and torch's eps of 1e-8 that is 1e-10 at lr=1e-2, the tolerance itself; with eps=1e-6 there are two
+digits to spare. fp32 has noise of 1e-9 beside gradients of 1e-2 and less; eps=1e-4 keeps its steps within 1e-5. Losses
+are numbers of size 4, gradients and weights of size 1 and less, so differences are absolute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -117,7 +117,8 @@ def check(mesh: Any, case: Case, how: How, reference: Told) -> None:
         batch = tuple(mine(x, mesh.data) for x in tokens(step))
         close(f"loss of step {step}", torch.tensor(model.train_step(batch, how.microbatches)), reference.losses[step])
         stepper.synchronize()
-        held(close, f"gradient {step}", model, {n: p.grad for n, p in model.named_parameters()}, reference.gradients[step])
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        held(close, f"gradient {step}", model, grads, reference.gradients[step])
         if step == STEPS - 1:
             whole(close, "gradient", model.full_gradients(), reference.gradients[-1])
         after_synchronize(stepper, how)
@@ -182,7 +183,7 @@ def meshes(size: int) -> list[Mesh]:
 
 
 def opened(degrees: Mesh, **options: Any) -> Any:
-    """The mesh, ready. It is closed where a test has passed: a rank that failed must report, not wait for the others."""
+    """The mesh, ready. A test closes it at its end, not in `finally`: a rank that failed must not wait for others."""
     return hp.init(data=degrees.data, pipeline=degrees.pipeline, tensor=degrees.tensor, seed=3, **options)
 
 

@@ -2,7 +2,7 @@
 
 The first stage that uses the parameter owns it. Any other holds a copy:
 
-    step begins               owner ---- the value ----> copy
+    step begins               owner ---- the value ----> copy       (and whether it is frozen)
     copy's last backward      owner <-- its gradient --- copy
     owner's last backward     adds to the sum, and only then is the gradient complete and reduced
 
@@ -45,13 +45,13 @@ class Ties:
         """Bring the copies up to date; both sides call it as a step begins."""
         for tie in self._ties:
             if tie.owned is not None and tie.copied is not None:
-                tie.copied.copy_(tie.owned)
+                tie.copied.copy_(tie.owned).requires_grad_(tie.owned.requires_grad)
             elif tie.owned is not None:
-                self._mailbox.post(tie.copy_rank, tie.tag, [tie.owned])
+                self._mailbox.post(tie.copy_rank, tie.tag, [tie.owned], tie.owned.requires_grad)
         for tie in self._ties:
             if tie.copied is not None and tie.owned is None:
-                (value,), _ = self._mailbox.take(tie.owner_rank, tie.tag)
-                tie.copied.copy_(value)
+                (value,), trained = self._mailbox.take(tie.owner_rank, tie.tag)
+                tie.copied.copy_(value).requires_grad_(trained)
 
     def give(self, stage: int) -> None:
         """After the last backward of `stage`: its copies' gradients go to their owners."""
