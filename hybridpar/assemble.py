@@ -1,6 +1,6 @@
 """`hp.parallelize`: an unmodified module becomes this rank's part of a parallel model.
 
-    same weights everywhere?  ->  costs, boundaries  ->  tensor plan  ->  stages  ->  ties  ->  ParallelModel
+same weights everywhere?  ->  costs, boundaries  ->  tensor plan  ->  stages  ->  ties  ->  ParallelModel
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,7 +24,9 @@ from hybridpar.split import Stage, estimated_costs, measured_costs, units
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
-from hybridpar.wires.world import World
+
+if TYPE_CHECKING:
+    from hybridpar.wires.world import World
 
 
 def parallelize(
@@ -204,7 +206,9 @@ def _report(
         share = sum(costs[bounds[s] : bounds[s + 1]]) / total
         numbers = sum(p.numel() for p in {id(p): p for p in stage.parameters()}.values())
         names = f"{stage.names[0] or 'the whole module'}" + (f" to {stage.names[-1]}" if len(stage.names) > 1 else "")
-        lines.append(f"  stage {s} on pipeline index {homes[s]}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
+        lines.append(
+            f"  stage {s} on pipeline index {homes[s]}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost"
+        )
     if mesh.tensor.size > 1:
         lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
     return "\n".join(lines)

@@ -6,13 +6,15 @@ Which samples these are is `batches.py`; fetching, collating and worker processe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from hybridpar.batches import Batches, mixed
-from hybridpar.wires.world import World
+
+if TYPE_CHECKING:
+    from hybridpar.wires.world import World
 
 _OURS = ("sampler", "batch_sampler", "shuffle", "generator")
 

@@ -11,7 +11,7 @@ module everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ from hybridpar.shard import Spec
 from hybridpar.split import Stage
 from hybridpar.tensor.plan import Applied
 from hybridpar.trace.spans import Span, Trace
-from hybridpar.wires.world import World
+
+if TYPE_CHECKING:
+    from hybridpar.wires.world import World
 
 Named = list[tuple[str, nn.Parameter]]
 
