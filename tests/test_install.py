@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.install import cache, debian, diagnosis, flags, mpi, probe, progress, smoke, venv
+from hybridpar.install import cache, cuda, debian, diagnosis, flags, mpi, probe, progress, smoke, venv
 from hybridpar.install.__main__ import EXAMPLES, main, parser
 from hybridpar.install.build import needs_cmake, runpath
 from hybridpar.install.probe import Compiler, Facts, Missing, Torch
@@ -21,7 +21,7 @@ GCC = Compiler(("g++",), "gcc", "12.2.0")
 FACTS = Facts(
     python="cp311", machine="x86_64", libc="glibc-2.36", cores=4, memory_gib=16.0,
     cpu_flags=frozenset({"avx", "f16c", "fma", "sse2"}), torch=Torch("2.13.0+cpu", None, True), compiler=GCC,
-    cuda_home=None, cuda=(), nccl=None,
+    cuda_home=None, cuda_version=(), nccl=None,
 )  # fmt: skip
 PYPI = mpi.Mpi("Open MPI", "4.1.8", "/env/bin", inside=True)
 DEBIAN = mpi.Mpi("Open MPI", "4.1.4", "/usr/bin", inside=False)
@@ -106,7 +106,6 @@ def test_nccl_is_asked_for_where_cuda_nvcc_and_nccl_are() -> None:
     assert flags.build_settings(gpu, {"HOROVOD_GPU_OPERATIONS": "MPI"})["HOROVOD_GPU_OPERATIONS"] == "MPI"
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(gpu, {"HOROVOD_GPU_ALLREDUCE": "MPI"})
     assert "HOROVOD_GPU_OPERATIONS" not in flags.build_settings(FACTS, {})
-    assert flags.build_settings(gpu, {})["CUDA_HOME"] == "/usr/local/cuda"
     assert "gets NCCL" in (flags.gpu_note(gpu, flags.build_settings(gpu, {})) or "")
     without = replace(gpu, cuda_home=None, nccl=None)
     assert "nvcc" in (flags.gpu_note(without, flags.build_settings(without, {})) or "")
@@ -318,3 +317,16 @@ def test_headers_that_were_fetched_before_are_used(tmp_path: Path, monkeypatch: 
     header.parent.mkdir(parents=True)
     header.touch()
     assert debian.headers(tmp_path) == f"{header.parent}:{tmp_path / 'usr' / 'include'}"
+
+
+def test_a_toolkit_of_links_has_its_own_nvcc(tmp_path: Path) -> None:
+    real = tmp_path / "cuda"
+    for name in ("bin/nvcc", "bin/ptxas", "include/cuda_runtime.h"):
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
+        (real / name).touch()
+    assert cuda.home({"CUDA_HOME": str(real), "PATH": ""}) == str(real)
+    told = cuda.toolkit(real, flags.nvcc_wrapper(str(real), FACTS.torch), tmp_path / "links")
+    assert told == {"HOROVOD_CUDA_HOME": str(tmp_path / "links"), "CUDA_HOME": str(real)}
+    assert f"exec {real}/bin/nvcc" in (tmp_path / "links" / "bin" / "nvcc").read_text()
+    assert (tmp_path / "links" / "bin" / "ptxas").resolve() == real / "bin" / "ptxas"
+    assert (tmp_path / "links" / "include" / "cuda_runtime.h").exists()

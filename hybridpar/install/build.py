@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from hybridpar.install import cuda
 from hybridpar.install.cache import HOROVOD, SDIST_SHA256
 from hybridpar.install.diagnosis import name, telling
 from hybridpar.install.probe import Missing, output, version_of
@@ -24,13 +25,15 @@ RUN_TIME = ("setuptools", "packaging", "cloudpickle", "psutil", "pyyaml", "cffi"
 
 @dataclass(frozen=True)
 class Plan:
-    """One build: the compiler wrapper's text, HOROVOD_* settings, how many jobs, and where MPI is."""
+    """One build: the compiler wrapper, HOROVOD_* settings, how many jobs, where MPI is, what of CUDA there is."""
 
     wrapper: str
     settings: Mapping[str, str]
     jobs: int
     mpi_inside: bool
     prefix: Path
+    cuda_home: str | None = None
+    nvcc: str = ""  # the text of nvcc's wrapper
     nccl: Path | None = None  # the one from PyPI, which has no libnccl.so for linkers to find
 
 
@@ -87,7 +90,12 @@ def build(plan: Plan, environment: Mapping[str, str], work: Path, log: Path, out
     wrapper.chmod(0o755)
     wanted = work / "horovod.txt"
     wanted.write_text(f"horovod=={HOROVOD} --hash=sha256:{SDIST_SHA256}\n")
-    ready = {**_environment(plan, environment, tools, wrapper), **_nccl(plan.nccl, work / "nccl")}
+    ready = _environment(plan, environment, tools, wrapper)
+    if plan.cuda_home:
+        # torch and Horovod would each guess, and a script in /usr/local/bin misleads both.
+        ready.update(cuda.toolkit(Path(plan.cuda_home), plan.nvcc, work / "cuda"))
+    if plan.nccl:
+        ready.update(cuda.linkable_nccl(plan.nccl, work / "nccl"))
     # pip's own cache must stay out: it does not know which torch a wheel was built against.
     command = pip(
         "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--no-binary", "horovod",
@@ -110,24 +118,8 @@ def _environment(plan: Plan, environment: Mapping[str, str], tools: Path, wrappe
         **plan.settings,
         "CXX": str(wrapper),
         "MAKEFLAGS": f"-j{plan.jobs}",
-        "PATH": ":".join([str(tools / "bin"), *_nvcc(plan.settings), environment["PATH"]]),
+        "PATH": f"{tools / 'bin'}:{environment['PATH']}",
         "PYTHONPATH": ":".join(p for p in (str(tools), environment.get("PYTHONPATH")) if p),
-    }
-
-
-def _nvcc(settings: Mapping[str, str]) -> list[str]:
-    return [f"{settings['CUDA_HOME']}/bin"] if "CUDA_HOME" in settings else []
-
-
-def _nccl(pypi: Path | None, links: Path) -> dict[str, str]:
-    if pypi is None:
-        return {}
-    links.mkdir()
-    (links / "libnccl.so").symlink_to(next((pypi / "lib").glob("libnccl.so.*")))
-    return {
-        "HOROVOD_NCCL_INCLUDE": str(pypi / "include"),
-        "HOROVOD_NCCL_LIB": str(links),
-        "HOROVOD_NCCL_LINK": "SHARED",
     }
 
 

@@ -37,7 +37,7 @@ def key(facts: Facts, mpi: Mpi | None, settings: Mapping[str, str], wrapper: str
         "python": [facts.python, facts.machine, facts.libc],
         "mpi": told,
         "compiler": asdict(facts.compiler),
-        "cuda": [facts.cuda, facts.nccl is not None],
+        "cuda": [facts.cuda_version, facts.nccl is not None],
         "settings": dict(sorted(settings.items())),
         "wrapper": wrapper,
     }

@@ -32,14 +32,23 @@ def standard(torch: Torch) -> int:
 
 def wrapper(compiler: Compiler, torch: Torch) -> str:
     """A shell script that stands in for the compiler and raises every older -std, without debug information."""
+    includes = ["-include", "stdexcept", "-include", "string"]
+    return _raising([*compiler.command, *(includes if compiler.vendor != "gcc" or compiler.major >= 13 else [])], torch)
+
+
+def nvcc_wrapper(cuda_home: str, torch: Torch) -> str:
+    """The same for nvcc."""
+    return _raising([f"{cuda_home}/bin/nvcc"], torch)
+
+
+def _raising(command: list[str], torch: Torch) -> str:
     wanted = standard(torch)
     old = ["0x", "11", "1y", "14", *(["1z", "17"] if wanted == 20 else [])]
     patterns = "|".join(f"-std={dialect}++{year}" for year in old for dialect in ("c", "gnu"))
-    includes = " -include stdexcept -include string" if compiler.vendor != "gcc" or compiler.major >= 13 else ""
     return (
         "#!/bin/sh\n"
         f'for a; do shift; case $a in {patterns}) a=-std=c++{wanted};; -g) continue;; esac; set -- "$@" "$a"; done\n'
-        f'exec {shlex.join(compiler.command)}{includes} "$@"\n'
+        f'exec {shlex.join(command)} "$@"\n'
     )
 
 
@@ -66,11 +75,8 @@ def build_settings(facts: Facts, environment: Mapping[str, str]) -> dict[str, st
     """What Horovod's build is told through the environment; the user's own settings win where they do not break it."""
     wished = {k: v for k, v in environment.items() if k.startswith(BUILD_NAMES)}
     gpu = {}
-    if facts.cuda_home:
-        # torch and Horovod would each guess, and a script in /usr/local/bin misleads both.
-        gpu = {"CUDA_HOME": facts.cuda_home, "HOROVOD_CUDA_HOME": facts.cuda_home}
-        if facts.nccl and not any(k.startswith("HOROVOD_GPU") for k in wished):
-            gpu["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+    if facts.cuda_home and facts.nccl and not any(k.startswith("HOROVOD_GPU") for k in wished):
+        gpu = {"HOROVOD_GPU_OPERATIONS": "NCCL"}
     return {
         "HOROVOD_BUILD_ARCH_FLAGS": arch_flags(facts),
         **gpu,

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridpar.install import cuda
+
 OLDEST_PYTHON = (3, 10)
 TESTED_TORCH = "2.13.0"
 ASK_TORCH = """
@@ -63,7 +65,7 @@ class Facts:
     torch: Torch
     compiler: Compiler
     cuda_home: str | None  # a CUDA toolkit, if torch has CUDA
-    cuda: tuple[int, ...]  # its version
+    cuda_version: tuple[int, ...]
     nccl: str | None  # the folder that holds NCCL's include and lib
 
 
@@ -187,7 +189,7 @@ def find_tools(environment: Mapping[str, str], headers: bool) -> Compiler:
 
 def gather(environment: Mapping[str, str], torch: Torch, compiler: Compiler) -> Facts:
     """All the facts."""
-    cuda_home = _cuda_home(environment) if torch.cuda else None
+    cuda_home = cuda.home(environment) if torch.cuda else None
     return Facts(
         python=f"cp{sys.version_info[0]}{sys.version_info[1]}",
         machine=platform.machine(),
@@ -198,29 +200,9 @@ def gather(environment: Mapping[str, str], torch: Torch, compiler: Compiler) -> 
         torch=torch,
         compiler=compiler,
         cuda_home=cuda_home,
-        cuda=version_of((output([f"{cuda_home}/bin/nvcc", "--version"]) if cuda_home else None) or ""),
-        nccl=_nccl(environment, cuda_home) if cuda_home else None,
+        cuda_version=version_of((output([f"{cuda_home}/bin/nvcc", "--version"]) if cuda_home else None) or ""),
+        nccl=cuda.nccl(environment, cuda_home) if cuda_home else None,
     )
-
-
-def _cuda_home(environment: Mapping[str, str]) -> str | None:
-    """The first folder that is a whole toolkit; nvcc on PATH may be a link or a script outside of it."""
-    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
-    named = [environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH")]
-    places = [*named, str(Path(nvcc).resolve().parents[1]) if nvcc else None, "/usr/local/cuda"]
-    whole = (p for p in places if p and Path(p, "bin/nvcc").exists() and Path(p, "include/cuda_runtime.h").exists())
-    return next(whole, None)
-
-
-def _nccl(environment: Mapping[str, str], cuda_home: str) -> str | None:
-    """NCCL on the machine, else the one that torch brings from PyPI."""
-    places = [environment.get("HOROVOD_NCCL_HOME"), cuda_home, "/usr", "/usr/local", str(pypi_nccl())]
-    return next((p for p in places if p and Path(p, "include/nccl.h").exists()), None)
-
-
-def pypi_nccl() -> Path:
-    """Where NCCL from PyPI is, if it is installed."""
-    return Path(sysconfig.get_path("purelib"), "nvidia", "nccl")
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from hybridpar.install import cache, debian, flags, mpi, probe, smoke
+from hybridpar.install import cache, cuda, debian, flags, mpi, probe, smoke
 from hybridpar.install.build import RUN_TIME, Plan, add, build
 from hybridpar.install.probe import Missing
 
@@ -96,8 +96,9 @@ def _recipe(
         say(note)
     inside = choice.mpi is None or choice.mpi.inside
     jobs = wishes.jobs or flags.jobs(facts)
-    nccl = probe.pypi_nccl() if facts.nccl == str(probe.pypi_nccl()) else None
-    plan = Plan(wrapper, settings, jobs, inside, probe.prefix(), nccl)
+    nccl = cuda.pypi_nccl() if facts.nccl == str(cuda.pypi_nccl()) else None
+    nvcc = flags.nvcc_wrapper(facts.cuda_home, torch) if facts.cuda_home else ""
+    plan = Plan(wrapper, settings, jobs, inside, probe.prefix(), facts.cuda_home, nvcc, nccl)
     return _Recipe(plan, folder, cache.key(facts, choice.mpi, settings, wrapper))
 
 
