@@ -103,8 +103,8 @@ def _same_everywhere(module: nn.Module, everyone: Axis) -> None:
         for name, (shape, value) in mine.items():
             if other[name] != (shape, value):
                 raise ValueError(
-                    f"{name} differs between ranks {everyone.index} and {rank}: build the module after hp.init(seed=...) "
-                    "and alike on all ranks, or load the same weights before hp.parallelize"
+                    f"{name} differs between ranks {everyone.index} and {rank}: build the module after "
+                    "hp.init(seed=...) and alike on all ranks, or load the same weights before hp.parallelize"
                 )
 
 
@@ -131,7 +131,8 @@ def _bounds(
     if stages is not None:
         if len(stages) != count or sum(stages) != len(parts) or min(stages) < 1:
             raise ValueError(
-                f"stages={list(stages)} must be {count} numbers of at least 1 that add up to the {len(parts)} parts of the chain"
+                f"stages={list(stages)} must be {count} numbers of at least 1 that add up to the {len(parts)} parts "
+                "of the chain"
             )
         return tuple(sum(stages[:s]) for s in range(count + 1)), estimated_costs(parts)
     if costs is not None and len(costs) != len(parts):
@@ -163,24 +164,30 @@ def _tie(
             owner, _ = first.setdefault(id(p), (s, tied.get(name, name)))
             if owner == s or any(t.copy_stage == s and t.owner_name == first[id(p)][1] for t in ties):
                 continue
-            copied = _replaced(stage, p, all_stages[owner]) if homes[s] == here else None
+            _not_one_module(stage, p, all_stages[owner])
+            copied = _replaced(stage, p) if homes[s] == here else None
             owned = p if homes[owner] == here else None
             ties.append(Tie(len(ties), first[id(p)][1], owner, s, homes[owner], homes[s], owned, copied))
     return first, ties
 
 
-def _replaced(stage: Stage, p: nn.Parameter, owner: Stage) -> nn.Parameter:
+def _not_one_module(stage: Stage, p: nn.Parameter, owner: Stage) -> None:
+    """Raise, on every rank, where it is one module that both stages call: it cannot hold both `p` and a copy."""
+    others = set(map(id, owner.modules()))
+    for module in stage.modules():
+        if id(module) in others and any(q is p for q in module._parameters.values()):
+            raise ValueError(
+                f"stages {owner.number} and {stage.number} both call the same {type(module).__name__}: share its "
+                "parameters between two modules instead, or cut the chain so that one stage has both calls"
+            )
+
+
+def _replaced(stage: Stage, p: nn.Parameter) -> nn.Parameter:
     """A copy of `p`, put in its place in `stage`."""
     copied = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-    others = set(map(id, owner.modules()))
     for module in stage.modules():
         for name, q in module._parameters.items():
             if q is p:
-                if id(module) in others:
-                    raise ValueError(
-                        f"stages {owner.number} and {stage.number} both call the same {type(module).__name__}: share its "
-                        "parameters between two modules instead, or cut the chain so that one stage has both calls"
-                    )
                 module._parameters[name] = copied
     return copied
 
@@ -206,9 +213,8 @@ def _report(
         share = sum(costs[bounds[s] : bounds[s + 1]]) / total
         numbers = sum(p.numel() for p in {id(p): p for p in stage.parameters()}.values())
         names = f"{stage.names[0] or 'the whole module'}" + (f" to {stage.names[-1]}" if len(stage.names) > 1 else "")
-        lines.append(
-            f"  stage {s} on pipeline index {homes[s]}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost"
-        )
+        place = f"  stage {s} on pipeline index {homes[s]}"
+        lines.append(f"{place}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
     if mesh.tensor.size > 1:
         lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
     return "\n".join(lines)
