@@ -33,8 +33,8 @@ def init(
     """Start MPI and Horovod and lay the ranks out as data x pipeline x tensor.
 
     `tensor` and `pipeline` default to 1 and `data` to the rest of the ranks; `hybridpar run --tensor 2 ...` overrules
-    them. `seed` seeds torch and everything random in hybridpar, alike on all ranks. `carrier` of the tensor and pipeline
-    axes is "mpi" (the default), "nccl" (GPUs) or "gloo". `comm` takes the place of MPI's world.
+    them. `seed` seeds torch and everything random in hybridpar, alike on all ranks. `carrier` of the tensor and
+    pipeline axes is "mpi" (the default), "nccl" (GPUs) or "gloo". `comm` takes the place of MPI's world.
 
     Afterwards `hvd.rank()` and `hvd.size()` are the replica and the number of replicas.
 
@@ -58,7 +58,7 @@ def init(
     refuse = sys.modules.get("horovod.torch")
     if refuse is not None and refuse.is_initialized() and "mpi4py.MPI" not in sys.modules:
         raise ValueError(
-            "hvd.init() was called before hp.init(): remove it, hp.init() starts Horovod with the data axis as its world"
+            "hvd.init() was called before hp.init(): remove it, hp.init() starts Horovod on the data axis"
         )
     world = start_mpi()
     ending.join(world)
@@ -105,5 +105,5 @@ def _agree(told: Sequence[dict[str, object]]) -> None:
             if other.get(key) != value:
                 raise ValueError(
                     f"rank {rank} was started with {key}={other.get(key)} and rank 0 with {key}={value}: "
-                    "all ranks must run the same script with the same settings"
+                    "start all ranks with the same script and the same settings"
                 )

@@ -1,11 +1,11 @@
 """Horovod's thread and MPI in the main thread do not wait for each other.
 
-The deadlock that this is about: the first lower-case (pickle) collective of mpi4py on a communicator duplicates it while
-holding Python's interpreter lock. Horovod's thread on that rank needs the lock to let go of a finished tensor; while it
-waits, it cannot take part in what the other ranks need before they come to the duplication. About one start in twenty
-hung, or nearly all where Horovod had several groups. hybridpar never calls such a collective (test_walls.py finds them
-in the source). Here are the same conditions: on each rank the first operation of every kind on every axis runs while
-Horovod reduces many tensors in two groups that are not in step.
+The deadlock that this is about: the first lower-case (pickle) collective of mpi4py on a communicator duplicates it
+while holding Python's interpreter lock. Horovod's thread on that rank needs the lock to let go of a finished tensor;
+while it waits, it cannot take part in what the other ranks need before they come to the duplication. About one start in
+twenty hung, or nearly all where Horovod had several groups in one world. hybridpar never calls such a collective
+(test_walls.py looks for them in the source). Here are the same conditions: on each rank the first operation of every
+kind on every axis runs while Horovod reduces many tensors, in two groups that are not in step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from tests.jobs import run
 
-ROUNDS = 150
+ROUNDS = 80
 BODY = f"""
 import random
 from hybridpar.wires.message import Mailbox
@@ -43,7 +43,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("launch", range(4))
+@pytest.mark.parametrize("launch", range(3))
 def test_messages_and_reductions_do_not_lock_each_other_out(tmp_path: Path, launch: int) -> None:
     job = run(tmp_path, BODY, ranks=4)
-    assert (job.code, job.said, job.out.split()) == (0, "", ["done"] * 4)
+    assert (job.code, job.said, job.out.count("done")) == (0, "", 4)

@@ -62,5 +62,5 @@ def _check_size(size: int) -> None:
     )
     raise RuntimeError(
         f"the launcher started {started} processes ({name}={started}) and this one sees an MPI world of {size}: "
-        f"{'srun' if slurm else 'mpirun'} belongs to another MPI than the one that {sys.prefix} uses; start with {way_out}"
+        f"{'srun' if slurm else 'mpirun'} belongs to another MPI than the one of {sys.prefix}; start with {way_out}"
     )

@@ -16,6 +16,7 @@ A job of one process ends as Python ends, except that hybridpar's own errors are
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import os
 import signal
@@ -55,7 +56,7 @@ class Ending:
         self._process = os.getpid()  # a forked child has our hooks, and must not end the job
         self._world: MPI.Intracomm | None = None
         self._farewell: Farewell | None = None
-        self._code = 0
+        self._code, self._words = 0, ""  # of sys.exit
         self._excepthook, self._thread_hook = sys.excepthook, threading.excepthook
         job = "-".join(os.environ[name] for name in _JOBS if name in os.environ) or str(os.getppid())
         # Open MPI removes the folder when the job is over, and what is in it.
@@ -74,13 +75,15 @@ class Ending:
     def join(self, world: MPI.Intracomm) -> None:
         """MPI is up: from now on a failure aborts `world`."""
         self._world, self._rank, self._many = world, world.rank, world.size > 1
+        if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__, all_threads=False)  # a crash tells where in Python it was
 
     def watch(self, comm: MPI.Intracomm, data_ranks: tuple[int, ...]) -> None:
         """Horovod is up: a rank of `comm` that ends its script waits for the others. All of them call it together."""
         from hybridpar.wires.farewell import Farewell
 
         if self._farewell is None and comm.size > 1:
-            self._farewell = Farewell(comm, data_ranks, self._stuck)
+            self._farewell = Farewell(comm, data_ranks, self._refuse)
         # Horovod stops itself at exit, under the feet of the other ranks: exit functions run last in, first out.
         atexit.unregister(self._leave)
         atexit.register(self._leave)
@@ -93,7 +96,7 @@ class Ending:
             return
         if where is not None:
             code = MISUSED if issubclass(kind, ValueError) else FAILED
-            self._end([f"hybridpar: {error}\n", f"    at {where}\n"], code)
+            self._refuse(str(error), where, code)
         lines = "".join(traceback.format_exception(kind, error, trace)).splitlines(keepends=True)
         self._end(lines, INTERRUPTED if issubclass(kind, KeyboardInterrupt) else FAILED)
 
@@ -117,11 +120,10 @@ class Ending:
         """The interpreter is about to end with `code`: returns what it shall end with."""
         if os.getpid() != self._process or not self._many or code in (None, 0):
             return code
-        if not isinstance(code, int):
-            if self._may_speak():
-                self._say([f"{code}\n"])
-            code = FAILED
-        self._code = code % 256 or FAILED
+        if isinstance(code, int):
+            self._code, self._words = code % 256 or FAILED, f"hybridpar: sys.exit({code}) ends the job\n"
+        else:
+            self._code, self._words = FAILED, f"{code}\n"
         return self._code
 
     def _leave(self) -> None:
@@ -129,7 +131,7 @@ class Ending:
         if os.getpid() != self._process or not self._many:
             return
         if self._code:
-            self._abort(self._code)
+            self._end([self._words], self._code)
         if getattr(sys, "last_value", None) is not None:  # told by somebody else's excepthook, put in place of ours
             self._abort(FAILED)
         if self._farewell is not None and not self._mpi_is_over():
@@ -138,8 +140,8 @@ class Ending:
             except KeyboardInterrupt:
                 self._end(["interrupted, waiting for the others to end\n"], INTERRUPTED)
 
-    def _stuck(self, sentence: str, code: int) -> None:
-        self._end([f"hybridpar: {sentence}\n"], code)
+    def _refuse(self, sentence: str, where: str, code: int) -> None:
+        self._end([f"hybridpar: {sentence}\n", f"    at {where}\n"], code)
 
     def _end(self, lines: Sequence[str], code: int) -> None:
         """Say `lines`, unless another rank has spoken, and end the job."""

@@ -53,11 +53,13 @@ class _Call:
 class Farewell:
     """Watches this rank's calls from its making on, and lets the rank leave.
 
-    `data_ranks` are those of Horovod's world. `stuck(sentence, code)` is called by the watching thread when this rank
-    can never go on, and must end the job.
+    `data_ranks` are those of Horovod's world. `stuck(sentence, place, code)` is called by the watching thread when this
+    rank can never go on, and must end the job.
     """
 
-    def __init__(self, comm: MPI.Intracomm, data_ranks: tuple[int, ...], stuck: Callable[[str, int], None]) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, data_ranks: tuple[int, ...], stuck: Callable[[str, str, int], None]
+    ) -> None:
         self._comm, self._data_ranks, self._stuck = comm.Dup(), data_ranks, stuck
         self._calls: dict[int, _Call] = {}  # by thread
         self._asked: set[int] = set()
@@ -112,7 +114,7 @@ class Farewell:
         if self._interrupted is not None and now - self._interrupted > _INTERRUPT_SECONDS:
             began_before = call.since - self._interrupted < 2 * _LOOK_SECONDS
             if began_before and thread == threading.main_thread().ident:
-                self._stuck(f"interrupted at {place.of_thread(call.frame)}, waiting for others", _INTERRUPTED)
+                self._stuck("interrupted while waiting for others", place.of_thread(call.frame), _INTERRUPTED)
         if now - call.since < _ASK_SECONDS:
             return
         needed = self._needed(call.frame) - {self._comm.rank}
@@ -123,8 +125,9 @@ class Farewell:
         gone = sorted(self._gone & needed)
         if gone and now - call.since > _END_SECONDS:
             self._stuck(
-                f"{place.of_thread(call.frame)}: this rank has waited {now - call.since:.0f} s for rank {gone[0]}, which "
-                "has ended its script and can never come; let every rank make the same calls, the same number of steps",
+                f"this rank has waited {now - call.since:.0f} s for rank {gone[0]}, which has ended its script and can "
+                "never come: let all ranks make the same calls, and the same number of steps",
+                place.of_thread(call.frame),
                 _FAILED,
             )
 

@@ -51,7 +51,8 @@ def check_built() -> None:
         # Before it is loaded: one built for another torch often fails there, with the name of a lost C++ symbol.
         if torch_then not in (None, torch.__version__):
             raise RuntimeError(
-                f"Horovod {version} was built for torch {torch_then} and torch {torch.__version__} is installed; {_WAY_OUT}"
+                f"Horovod {version} was built for torch {torch_then} and torch {torch.__version__} is installed; "
+                f"{_WAY_OUT}"
             )
         built = _hvd().mpi_built()
     except (ImportError, AttributeError, OSError) as error:

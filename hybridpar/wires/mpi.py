@@ -156,7 +156,7 @@ class MpiAxis(Axis):
     def _reachable(self, x: Tensor, fill: bool = True) -> Tensor:
         """`x` itself where MPI can read it, else host memory, filled from `x`."""
         if not x.is_contiguous():
-            raise ValueError(f"{self.name} axis: a tensor of shape {tuple(x.shape)} must be contiguous; call contiguous()")
+            raise ValueError(f"{self.name} axis: a tensor of shape {tuple(x.shape)} must be contiguous: x.contiguous()")
         if x.device.type == "cpu":
             return x
         if self._direct:
