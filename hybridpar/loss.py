@@ -46,7 +46,8 @@ class WeightedLoss:
             )
         value = (self._cut if cut else self._function)(output, targets)
         if value.dim():
-            raise ValueError(f"the loss function returned shape {list(value.shape)} and must return one number, the mean")
+            shape = list(value.shape)
+            raise ValueError(f"the loss function returned shape {shape} and must return one number, the mean")
         return value if self._counts else value * weight
 
 

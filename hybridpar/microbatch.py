@@ -22,7 +22,8 @@ def split_batch(batch: Any, microbatches: int, largest: int = 0) -> list[tuple[A
     """
     lengths = {t.shape[0] for t in tensors(batch) if t.dim()}
     if len(lengths) != 1:
-        raise ValueError(f"the tensors of a batch must have the same number of samples along dim 0, not {sorted(lengths)}")
+        found = sorted(lengths)
+        raise ValueError(f"the tensors of a batch must have the same number of samples along dim 0, not {found}")
     (samples,) = lengths
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches}: there must be 1 or more")

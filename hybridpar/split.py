@@ -73,8 +73,8 @@ def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
     chain = chain if chain is not None else getattr(module, "chain", None)
     if chain is None:
         raise ValueError(
-            f"{type(module).__name__} cannot be cut into pipeline stages: nobody says in which order its parts call one "
-            'another; give chain=("embed", "blocks.*", "head"), use nn.Sequential, or set pipeline=1'
+            f"{type(module).__name__} cannot be cut into pipeline stages: nobody says in which order its parts call "
+            'one another; give chain=("embed", "blocks.*", "head"), use nn.Sequential, or set pipeline=1'
         )
     found: list[Unit] = []
     for pattern in chain:

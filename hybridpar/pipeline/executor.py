@@ -32,7 +32,7 @@ _KINDS = {Kind.FORWARD: 0, Kind.BACKWARD: 1}
 
 @dataclass(frozen=True)
 class Micro:
-    """One microbatch: what enters the first stage, the ids of its samples, and what the last stage does with the output.
+    """One microbatch: what enters the first stage, the ids of its samples, and what is done with the last's output.
 
     `finish(output)` returns what to pull back (a scalar that requires a gradient) in training, and None otherwise.
     """
@@ -57,7 +57,9 @@ class Executor:
     messages use the tags below `first_tag`.
     """
 
-    def __init__(self, chunks: Mapping[int, Stage], mailbox: Mailbox, rank: int, ties: Ties, draw: Draw, first_tag: int) -> None:
+    def __init__(
+        self, chunks: Mapping[int, Stage], mailbox: Mailbox, rank: int, ties: Ties, draw: Draw, first_tag: int
+    ) -> None:
         self._chunks, self._mailbox, self._rank = chunks, mailbox, rank
         self._ties, self._draw, self._first_tag = ties, draw, first_tag
         self._numbers = {stage: i for i, stage in enumerate(chunks)}
@@ -76,7 +78,9 @@ class Executor:
 class _Run:
     """One run of a schedule: what is held between its actions."""
 
-    def __init__(self, of: Executor, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing]) -> None:
+    def __init__(
+        self, of: Executor, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing]
+    ) -> None:
         self._of, self._schedule, self._micros, self._readiness = of, schedule, micros, readiness
         self._held: dict[tuple[int, int], _Held] = {}
         self._inside: dict[int, tuple[list[Tensor | None], Any]] = {}  # messages between stages of this rank, by tag
