@@ -26,20 +26,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=["mpi", "gloo"])
 def axis(request: pytest.FixtureRequest) -> Iterator[Axis]:
     """All ranks of the test as one axis, over each carrier."""
-    world = hp.init(pipeline=rank_count(), carrier=request.param)
-    yield world.pipeline
-    closed(request, world)
-
-
-def rank_count() -> int:
     from mpi4py import MPI
 
-    return MPI.COMM_WORLD.size
-
-
-def closed(request: pytest.FixtureRequest, world: Any) -> None:
-    """Close, where the test has passed: a rank that failed must report it instead of waiting for the others."""
-    if not getattr(request.node, "failed", False):
+    world, failed = hp.init(pipeline=MPI.COMM_WORLD.size, carrier=request.param), request.session.testsfailed
+    yield world.pipeline
+    if request.session.testsfailed == failed:  # a rank that failed must report it, not wait here for the others
         world.close()
 
 
