@@ -156,6 +156,8 @@ def test_mpi_settings_keep_what_the_user_has_set(tmp_path: Path) -> None:
     assert ready["OMPI_ALLOW_RUN_AS_ROOT"] == "1"
     assert ready["PATH"] == f"{tmp_path}/bin:/usr/bin"
     assert "OPAL_PREFIX" not in ready
+    without_ssh = mpi.settings({"PATH": str(tmp_path)}, tmp_path / "bin", tmp_path)
+    assert without_ssh["OMPI_MCA_plm_rsh_agent"] == "false"
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "libmpi.so").touch()
     assert mpi.settings({}, tmp_path / "bin", tmp_path)["OPAL_PREFIX"] == str(tmp_path)

@@ -117,6 +117,9 @@ def settings(environment: Mapping[str, str], scripts: Path, prefix: Path) -> dic
         **environment,
         "PATH": f"{scripts}:{path}",
     }
+    if not any(shutil.which(shell, path=ready["PATH"]) for shell in ("ssh", "rsh")):
+        # Open MPI wants to know how it would reach other hosts even where there are none.
+        ready.setdefault("OMPI_MCA_plm_rsh_agent", "false")
     if (prefix / "lib" / "libmpi.so").exists():
         ready["OPAL_PREFIX"] = str(prefix)
     return ready

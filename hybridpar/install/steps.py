@@ -57,6 +57,9 @@ def install(wishes: Wishes, environment: Mapping[str, str], say: Say, out: TextI
     if not wishes.force and smoke.built_for() and _unfit(torch, environment, wants_nccl) is None:
         say(f"Horovod {cache.HOROVOD} is installed already and works with torch {torch.version}")
         return
+    launcher = smoke.launcher(ready)
+    if not launcher.works:
+        raise Missing(f"MPI does not start processes here: {launcher.reason}")
     recipe = _recipe(wishes, torch, choice, ready, environment, say)
     reason = None if wishes.force else _from_cache(recipe, ready, say)
     if reason is None and not wishes.force:
@@ -123,7 +126,6 @@ def _from_source(recipe: _Recipe, environment: Mapping[str, str], say: Say, out:
         wheel = cache.store(recipe.folder, recipe.key, build(recipe.plan, environment, Path(work), log, out))
     reason = _take(wheel, environment)
     if reason:
-        cache.drop(recipe.folder, recipe.key)
         raise Missing(f"Horovod {cache.HOROVOD} was built but does not work: {reason}\n  the build's output: {log}")
     return wheel
 
