@@ -6,11 +6,13 @@ What must be true before MPI starts is set here, in the process itself, so that 
     THREAD_MULTIPLE         Horovod's background thread calls MPI while the main thread does
     yield when idle         a rank that waits gives its core away; without it Horovod's thread starves the computation
     OPAL_PREFIX             an Open MPI from PyPI finds its parts only through it
+    a remote shell          where there is no ssh, Open MPI refuses to start even one process unless told another
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,8 @@ def start_mpi() -> MPI.Intracomm:
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
         if os.path.exists(os.path.join(sys.prefix, "lib", "libmpi.so")):
             os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+        if not (shutil.which("ssh") or shutil.which("rsh")):
+            os.environ.setdefault("OMPI_MCA_plm_rsh_agent", "false")
     try:
         import mpi4py
 
