@@ -224,7 +224,15 @@ def test_an_error_before_hp_init_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_calls_hp_init_ends_the_job(tmp_path: Path) -> None:
-    job = run(tmp_path, "if os.environ['OMPI_COMM_WORLD_RANK'] == '0':\n    hp.init()\n", ranks=2)
+    body = """
+if os.environ['OMPI_COMM_WORLD_RANK'] == '0':
+    open("begun", "w").close()
+    hp.init()
+while not os.path.exists("begun"):
+    time.sleep(0.1)
+time.sleep(8)  # Open MPI notices only if the others are in MPI_Init by then
+"""
+    job = run(tmp_path, body, ranks=2)
     assert job.code != 0 and job.left == (), job.said
 
 
