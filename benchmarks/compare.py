@@ -23,6 +23,12 @@ from benchmarks.work import Work
 Tell = Callable[[str], None]
 DISTURBED = 0.03  # the share of the cores that others may take in a turn
 
+SIZES = {
+    "tokens": "In a sample.",
+    "batch": "Samples, of all ranks together.",
+    "microbatches": "Into which the batch is cut.",
+    "seed": "Of weights and tokens.",
+}
 EXAMPLES = """
 \b
 Examples:
@@ -116,7 +122,7 @@ def _chosen(_context: click.Context, _option: click.Parameter, names: str | None
 def _sizes(command: Callable) -> Callable:
     """One option for each size of the work."""
     for size in reversed(fields(Work)):
-        about = {"batch": "Samples in a global batch.", "tokens": "Tokens in a sample."}.get(size.name, "Of the model.")
+        about = SIZES.get(size.name, "Of the model.")
         command = click.option(f"--{size.name}", type=int, default=size.default, show_default=True, help=about)(command)
     return command
 

@@ -108,7 +108,7 @@ def conditions(result: Result) -> str:
     return (
         f"GPT {work.width} wide, {work.depth} layers, {work.tokens} tokens, vocabulary {work.vocabulary}, "
         f"batch {work.batch} in {work.microbatches} microbatches, fp32, AdamW; "
-        f"{rounds} interleaved rounds of {steps} steps, medians.\n"
+        f"{rounds} interleaved round{'s' * (rounds != 1)} of {steps} step{'s' * (steps != 1)}, medians.\n"
         f"{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['mpi']}, "
         f"Horovod {machine['horovod']}, Python {machine['python']}, {machine['date']}; "
         f"other processes took {result.others:.0%} of the cores at worst."
