@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybridpar.global_view import everywhere, gather, take
+from hybridpar.global_view import everywhere, take, wholes
 from hybridpar.loss import WeightedLoss, is_cut
 from hybridpar.microbatch import split_batch, to_device
 from hybridpar.optim.model import Averaging
@@ -221,8 +221,8 @@ class ParallelModel:
         The plain module's `load_state_dict` reads it. Buffers such as running statistics, which each replica has from
         its own samples, are those of the first replica.
         """
-        world, mine, kept = self.world, dict(self.named_parameters()), self._kept()
-        state = {name: self._whole(mine.get(name), name) for name in self._homes}
+        world, kept = self.world, self._kept()
+        state = wholes(dict(self.named_parameters()), self._homes, self._applied.specs, world)
         state |= {name: state[first] for name, first in self._applied.tied.items()}
         for name, home in self._buffers.items():
             source = world.mesh.rank(0, home, 0)
@@ -233,8 +233,8 @@ class ParallelModel:
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
         self.wait()
-        grads = {name: p.grad for name, p in self.named_parameters()}
-        return {name: self._whole(grads.get(name), name) for name in self._homes}
+        grads = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        return wholes(grads, self._homes, self._applied.specs, self.world)
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's shards, and its buffers, from the unsplit module's `state`.
@@ -257,13 +257,6 @@ class ParallelModel:
     def schedule(self, microbatches: int) -> Schedule:
         """The schedule of a training step of so many microbatches."""
         return self._schedules(microbatches)
-
-    def _whole(self, shard: Tensor | None, name: str) -> Tensor | None:
-        """The whole of what its owners have shards of, on every rank."""
-        world, home = self.world, self._homes[name]
-        whole = None if shard is None else gather(shard, self._applied.specs[name], world.tensor)
-        whole = everywhere(whole, world.mesh.rank(0, home, 0), world.replica, world.device)
-        return None if whole is None else whole.cpu()
 
     def _kept(self) -> dict[str, Tensor]:
         """The buffers of this rank's stages."""

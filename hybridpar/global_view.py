@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybridpar.shard import Spec
 from hybridpar.wires.axis import Axis
+
+if TYPE_CHECKING:
+    from hybridpar.wires.world import World
 
 
 def take(whole: Tensor, spec: Spec, index: int) -> Tensor:
@@ -36,6 +41,32 @@ def gather(shard: Tensor, spec: Spec, axis: Axis) -> Tensor:
         ends.append(ends[-1] + b - a)
     for (a, b), (start, stop) in zip(ranges, pairwise(ends)):
         whole.narrow(spec.dim, a, b - a).copy_(together.narrow(spec.dim, start, stop - start))
+    return whole
+
+
+def wholes(
+    mine: Mapping[str, Tensor], homes: Mapping[str, int], specs: Mapping[str, Spec], world: World
+) -> dict[str, Tensor | None]:
+    """The whole of each tensor named in `homes`, on the CPU of every rank; all ranks of the replica together.
+
+    `mine` are this rank's shards, `homes` the pipeline index of those who have shards. None where no tensor rank there
+    has one; a rank that alone lacks it has zeros.
+    """
+    whole: dict[str, Tensor | None] = {}
+    told = world.replica.objects({name: x.dtype for name, x in mine.items()})
+    for name, home in homes.items():
+        spec, owners = specs[name], [world.mesh.rank(0, home, t) for t in range(world.tensor.size)]
+        dtype = next((told[owner][name] for owner in owners if name in told[owner]), None)
+        if dtype is None:
+            whole[name] = None
+            continue
+        empty = {"dtype": dtype, "device": world.device}
+        if world.pipeline.index == home:
+            shard = mine[name] if name in mine else torch.zeros(spec.local_shape(world.tensor.index), **empty)
+            x = gather(shard, spec, world.tensor).contiguous()
+        else:
+            x = torch.empty(spec.shape, **empty)
+        whole[name] = world.replica.broadcast(x, owners[0]).cpu()
     return whole
 
 
