@@ -7,8 +7,8 @@ twenty hung, or nearly all where Horovod had several groups in one world. hybrid
 (test_walls.py looks for them in the source). Here are the same conditions: on each rank the first operation of every
 kind on every axis runs while Horovod reduces many tensors, in two groups that are not in step.
 
-This is a stress and no proof. With lower-case calls in the place of ours six launches of it did not hang either, so it is
-the look at the source that keeps the deadlock out.
+This is a stress and no proof. With lower-case calls in the place of ours six launches of it did not hang either, so it
+is the look at the source that keeps the deadlock out.
 """
 
 from __future__ import annotations
