@@ -6,6 +6,7 @@ zero (the biases of keys: a softmax does not see what is added to all of its sco
 noise of 1e-16 and torch's eps of 1e-8 that is 1e-10 at lr=1e-2, the tolerance itself; with eps=1e-6 there are two
 digits to spare. fp32 has noise of 1e-9 beside gradients of 1e-2 and less; eps=1e-4 keeps its steps within 1e-5. Losses
 are numbers of size 4, gradients and weights of size 1 and less, so differences are absolute.
+Seen at most: losses 1e-15, gradients 1e-15 and weights 2e-14 apart in fp64; 4e-7, 6e-8 and 2e-7 in fp32.
 
 With dropout the plain loop would draw other masks. There the reference is one rank under hybridpar, which equals plain
 PyTorch where nothing is dropped, and every mask of every rank is compared bit by bit with the masks of that one.
