@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hybridpar.global_view import everywhere, take, wholes
 from hybridpar.loss import WeightedLoss, is_cut
-from hybridpar.microbatch import split_batch, to_device
+from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.pipeline.executor import Executor, Micro
@@ -129,6 +129,7 @@ class ParallelModel:
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         parts = split_batch((inputs, targets), microbatches, self._largest)
         sizes = [n for _, n in parts]
+        self._agree_on([sum(sizes), len(parts), fingerprint((inputs, targets))])
         self._largest = max(self._largest, sum(sizes))
         weights = [loss.weight(part[1], n) for part, n in parts]
         counts = torch.zeros(world.peers.size + 1, dtype=torch.float64)  # each replica's samples, and all weights
@@ -156,6 +157,17 @@ class ParallelModel:
         speaks = losses and world.tensor.index == 0
         value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
         return world.everyone.allreduce(value.cpu()).item() / weight if weight else 0.0
+
+    def _agree_on(self, batch: Sequence[float]) -> None:
+        """Raise where the ranks of this replica were given different batches: samples, microbatches, fingerprint."""
+        told = torch.tensor([*batch, *(-value for value in batch)], dtype=torch.float64)
+        most, least = self.world.replica.allreduce(told, "max").chunk(2)
+        if not torch.equal(most, -least):
+            raise ValueError(
+                f"the {self.world.replica.size} ranks of one replica were given different batches (this one: "
+                f"{batch[0]:.0f} samples in {batch[1]:.0f} microbatches): choose samples by hvd.rank() or "
+                "mesh.place.data, not by mesh.rank, or let hp.DataLoader do it"
+            )
 
     def _everywhere(self, output: Tensor | None) -> Tensor:
         """The last stage's output, on every rank of the replica."""

@@ -143,6 +143,7 @@ case("weights", lambda: hp.parallelize(nn.Linear(4, 4 + mesh.rank), mesh))
 torch.manual_seed(mesh.rank)
 case("values", lambda: hp.parallelize(nn.Linear(4, 4), mesh))
 case("ids", lambda: hp.parallelize(gpt(), mesh).predict(torch.full((2, 4), 12)))
+case("batches", lambda: model().train_step((x * mesh.rank, y)))
 """
 ON_PIPELINE = CASES + """
 mesh = hp.init(pipeline=2)
@@ -183,6 +184,7 @@ SENTENCES = {
             "style": 'has the style "columns"; the styles are column, row',
             "weights": "differs between ranks",
             "values": "differs between ranks",
+            "batches": "the 2 ranks of one replica were given different batches (this one: 4 samples in 1 microbatches)",
             "ids": "ids from 12 to 12 for a vocabulary of 12",
         },
     ),
