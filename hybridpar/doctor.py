@@ -75,7 +75,8 @@ def versions() -> list[Finding]:
     }
     for name, mend in mends.items():
         try:
-            found.append(Finding(name, importlib.metadata.version(name)))
+            version = (smoke.torch_version() if name == "torch" else None) or importlib.metadata.version(name)
+            found.append(Finding(name, version))
         except importlib.metadata.PackageNotFoundError:
             here = Path(__file__).parent
             level, text = (Level.WRONG, "not installed") if mend else (Level.NOTE, f"not installed, used from {here}")
@@ -106,10 +107,7 @@ def horovod_fit() -> list[Finding]:
     built = smoke.built_for()
     if built is None:
         return [Finding("horovod", "not installed", Level.WRONG, INSTALL)]
-    try:
-        torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch = "none"
+    torch = smoke.torch_version() or "none"
     if built[1] != torch:
         text = f"{built[0]}, built for torch {built[1]}, and torch {torch} is installed"
         return [Finding("horovod", text, Level.WRONG, INSTALL)]

@@ -20,29 +20,36 @@ BUILD_NAMES = (
 )  # fmt: skip
 
 
-def standard(torch: Torch) -> int:
-    """The C++ standard that this torch's headers need.
+def standard(compiler: Compiler, torch: Torch) -> int:
+    """The C++ standard to build with: 20 where torch's headers or the compiler need it.
+
+    GCC 14 and clang 19 refuse the span in Horovod's flatbuffers, in whose place C++20 has its own.
 
     Example:
-        >>> standard(Torch("2.13.0+cpu", None, True)), standard(Torch("2.14.0", None, True))
+        >>> gcc = Compiler(("g++",), "gcc", "12.2.0")
+        >>> standard(gcc, Torch("2.13.0+cpu", None, True)), standard(gcc, Torch("2.14.0", None, True))
         (17, 20)
     """
-    return 20 if version_of(torch.version) >= (2, 14) else 17
+    strict = compiler.major >= (14 if compiler.vendor == "gcc" else 19)
+    return 20 if strict or version_of(torch.version) >= (2, 14) else 17
 
 
 def wrapper(compiler: Compiler, torch: Torch) -> str:
     """A shell script that stands in for the compiler and raises every older -std, without debug information."""
-    includes = ["-include", "stdexcept", "-include", "string"]
-    return _raising([*compiler.command, *(includes if compiler.vendor != "gcc" or compiler.major >= 13 else [])], torch)
+    wanted, extra = standard(compiler, torch), []
+    if compiler.vendor != "gcc" or compiler.major >= 13:
+        extra += ["-include", "stdexcept", "-include", "string"]
+    if wanted == 20:
+        extra += ["-DFLATBUFFERS_USE_STD_SPAN"]
+    return _raising([*compiler.command, *extra], wanted)
 
 
-def nvcc_wrapper(cuda_home: str, torch: Torch) -> str:
+def nvcc_wrapper(cuda_home: str, compiler: Compiler, torch: Torch) -> str:
     """The same for nvcc."""
-    return _raising([f"{cuda_home}/bin/nvcc"], torch)
+    return _raising([f"{cuda_home}/bin/nvcc"], standard(compiler, torch))
 
 
-def _raising(command: list[str], torch: Torch) -> str:
-    wanted = standard(torch)
+def _raising(command: list[str], wanted: int) -> str:
     old = ["0x", "11", "1y", "14", *(["1z", "17"] if wanted == 20 else [])]
     patterns = "|".join(f"-std={dialect}++{year}" for year in old for dialect in ("c", "gnu"))
     return (

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def built_for() -> tuple[str, str] | None:
         return importlib.metadata.version("horovod"), told.get("pytorch", "no torch")
     except (OSError, ValueError, importlib.metadata.PackageNotFoundError):
         return "unknown", "no torch"
+
+
+def torch_version() -> str | None:
+    """The installed torch's exact version with its local tag (2.13.0+cpu), or None; nothing is imported.
+
+    The package's metadata may lack the tag.
+    """
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return None
+    text = Path(found.submodule_search_locations[0], "version.py").read_text()
+    told = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
+    return told.group(1) if told else importlib.metadata.version("torch")
 
 
 def launcher(environment: Mapping[str, str]) -> Outcome:

@@ -100,7 +100,7 @@ def _recipe(
     inside = choice.mpi is None or choice.mpi.inside
     jobs = wishes.jobs or flags.jobs(facts)
     nccl = cuda.pypi_nccl() if facts.nccl == str(cuda.pypi_nccl()) else None
-    nvcc = flags.nvcc_wrapper(facts.cuda_home, torch) if facts.cuda_home else ""
+    nvcc = flags.nvcc_wrapper(facts.cuda_home, compiler, torch) if facts.cuda_home else ""
     plan = Plan(wrapper, settings, jobs, inside, probe.prefix(), facts.cuda_home, nvcc, nccl)
     return _Recipe(plan, folder, cache.key(facts, choice.mpi, settings, wrapper))
 
