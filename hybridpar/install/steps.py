@@ -146,7 +146,10 @@ def _unfit(torch: probe.Torch, environment: Mapping[str, str], nccl: bool) -> st
 def _take(wheel: Path, environment: Mapping[str, str]) -> str | None:
     """Install `wheel` and try it; why it does not work, or None."""
     add(RUN_TIME, environment)
-    add([str(wheel)], environment, "--no-deps", "--force-reinstall", "--no-index")
+    try:
+        add([str(wheel)], environment, "--no-deps", "--force-reinstall", "--no-index")
+    except Missing as error:
+        return str(error)
     importlib.invalidate_caches()
     outcome = smoke.run(environment)
     return None if outcome.works else outcome.reason
