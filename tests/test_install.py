@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridpar.install import cache, cuda, debian, diagnosis, flags, mpi, probe, progress, smoke, venv
+from hybridpar.install import cache, cuda, debian, diagnosis, flags, mpi, probe, progress, smoke, steps, venv
 from hybridpar.install.__main__ import EXAMPLES, main, parser
 from hybridpar.install.build import needs_cmake, runpath
 from hybridpar.install.probe import Compiler, Facts, Missing, Torch
@@ -345,3 +346,11 @@ def test_torch_s_version_is_read_without_importing_it() -> None:
     import torch
 
     assert smoke.torch_version() == torch.__version__
+
+
+def test_a_kept_wheel_that_is_broken_is_a_reason_to_build_anew(tmp_path: Path) -> None:
+    wheel = tmp_path / "horovod.whl"
+    wheel.write_bytes(b"half a wheel")
+    reason = steps._take(wheel, dict(os.environ))
+    assert reason is not None
+    assert "pip cannot install" in reason
