@@ -28,15 +28,17 @@ from torch.autograd import Function
 from hybridpar.wires.axis import Axis
 
 
-def copy(x: Tensor, axis: Axis) -> Tensor:
+def copy(x: Tensor, axis: Axis, fresh: bool = False) -> Tensor:
     """`x` as it is; its gradient is summed over `axis`.
+
+    `fresh` says that the result has one use, whose backward makes a new tensor: the gradient is then summed in place.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
         >>> copy(x, Alone("tensor")) is x
         True
     """
-    return x if axis.size == 1 else _Copy.apply(x, axis)
+    return x if axis.size == 1 else _Copy.apply(x, axis, fresh)
 
 
 def sum_(x: Tensor, axis: Axis, fresh: bool = False) -> Tensor:
@@ -69,13 +71,14 @@ def scatter_sum(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 class _Copy(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
+    def forward(ctx: Any, x: Tensor, axis: Axis, fresh: bool) -> Tensor:
+        ctx.axis, ctx.fresh = axis, fresh
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.axis, False), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # A graph of the backward pass itself would need the gradient as it came.
+        return _Sum.apply(grad, ctx.axis, ctx.fresh and not torch.is_grad_enabled()), None, None
 
 
 class _Sum(Function):
@@ -89,7 +92,7 @@ class _Sum(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Copy.apply(grad, ctx.axis), None, None
+        return _Copy.apply(grad, ctx.axis, False), None, None
 
 
 class _Split(Function):

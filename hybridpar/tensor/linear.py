@@ -62,7 +62,7 @@ class ColumnLinear(nn.Module):
         return weight if self.bias is None else {**weight, "bias": cut("bias", (self.out_features,), 0, self.parts)}
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] or with sequence [.., l_tp, in] -> [.., out_tp]
-        x = collectives.copy(x, self.axis) if self.sequence is None else self.sequence.gather(x)
+        x = collectives.copy(x, self.axis, fresh=True) if self.sequence is None else self.sequence.gather(x)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -113,7 +113,7 @@ class RowLinear(nn.Module):
             )
         y = F.linear(x, self.weight)
         y = collectives.sum_(y, self.axis, fresh=True) if self.sequence is None else self.sequence.scatter(y)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:
         held = self.weight.shape[1]

@@ -92,9 +92,14 @@ def _places(targets: Tensor, held: tuple[Range, ...]) -> Tensor:
     return places
 
 
-def _rows(logits: Tensor) -> Iterator[slice]:
+def _blocks(logits: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, and where to work on them: in `out` itself where it has `dtype`, else in one small buffer."""
     step = max(1, _BLOCK // max(1, logits.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(logits), step))
+    inside = out is not None and out.dtype == dtype
+    buffer = None if inside else logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
+    for first in range(0, len(logits), step):
+        rows = slice(first, min(first + step, len(logits)))
+        yield rows, out[rows] if inside else buffer[: rows.stop - first]
 
 
 class _Loss(Function):
@@ -109,8 +114,9 @@ class _Loss(Function):
         sums = [torch.empty_like(top), target.masked_fill(~here, 0)]
         if smoothing:
             sums.append(logits.sum(-1, dtype=wide) - top * logits.shape[1])
-        for rows in _rows(logits):
-            sums[0][rows] = (logits[rows].to(wide) - top[rows, None]).exp_().sum(-1)
+        for rows, block in _blocks(logits, wide):
+            torch.sub(logits[rows], top[rows, None], out=block)
+            torch.sum(block.exp_(), -1, out=sums[0][rows])
         sums = axis.allreduce(torch.stack(sums))
         losses = sums[0].log() - (1 - smoothing) * sums[1]
         if smoothing:
@@ -123,14 +129,16 @@ class _Loss(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, places, counted, top, sums = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        weight = grad * counted  # [n]
-        for rows in _rows(logits):
-            probabilities = (logits[rows].to(top.dtype) - top[rows, None]).exp_().div_(sums[rows, None])
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        weight = (grad * counted).to(top.dtype)  # [n]
+        scale = weight / sums
+        held = (places >= 0) * weight * (1 - ctx.smoothing)
+        for rows, block in _blocks(logits, top.dtype, out):
+            torch.sub(logits[rows], top[rows, None], out=block)
+            block.exp_().mul_(scale[rows, None])
             if ctx.smoothing:
-                probabilities -= ctx.smoothing / ctx.total
-            here = places[rows, None]
-            held = (here >= 0).to(top.dtype) * (1 - ctx.smoothing)
-            probabilities.scatter_add_(-1, here.clamp(min=0), -held)
-            out[rows] = probabilities.mul_(weight[rows, None])
+                block.sub_(weight[rows, None], alpha=ctx.smoothing / ctx.total)
+            block.scatter_add_(-1, places[rows, None].clamp(min=0), -held[rows, None])
+            if block.dtype != out.dtype:
+                out[rows] = block
         return out, None, None, None, None, None
