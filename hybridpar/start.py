@@ -69,7 +69,7 @@ def init(
     ending.join(world)
     from hybridpar.mesh import Mesh
     from hybridpar.wires.mpi import MpiAxis
-    from hybridpar.wires.world import open_world, stop_earlier_horovod
+    from hybridpar.wires.opening import open_world, stop_earlier_horovod
 
     comm = comm if comm is not None else world
     degrees = {

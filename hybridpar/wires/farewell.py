@@ -28,7 +28,7 @@ from types import FrameType
 
 from mpi4py import MPI
 
-from hybridpar.wires import place, world
+from hybridpar.wires import opening, place
 
 _LOOK_SECONDS = 2.0
 _ASK_SECONDS = 10.0
@@ -139,7 +139,7 @@ class Farewell:
             if ranks:
                 return set(ranks)
             frame = frame.f_back
-        if path == world.__file__:
+        if path == opening.__file__:
             return set(range(self._comm.size))
         return set(self._data_ranks) if _HOROVOD in path else set()
 

@@ -9,20 +9,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
-from mpi4py import MPI
 
 from hybridpar.mesh import Mesh, Place
-from hybridpar.wires.axis import Alone, Axis
-from hybridpar.wires.mpi import MpiAxis
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from hybridpar.wires.axis import Axis
 
 
 @dataclass(frozen=True)
@@ -56,83 +49,3 @@ class World:
         """Stop Horovod and give the communicators back; all ranks together. `hp.init` may then be called anew."""
         while self._closing:
             self._closing.pop()()
-
-
-def open_world(
-    comm: MPI.Intracomm, mesh: Mesh, seed: int = 0, carrier: str = "mpi", synchronous: bool = False
-) -> World:
-    """Lay the ranks of `comm` out as `mesh` and connect them.
-
-    `carrier` of the tensor and pipeline axes: "mpi", "gloo", "nccl". `synchronous` sends wait for their receiver.
-    """
-    from hybridpar.wires import hvd
-
-    hvd.check_built()
-    closing: list[Callable[[], None]] = []
-
-    def connect(name: str, group: tuple[int, ...]) -> tuple[Axis, MPI.Intracomm]:
-        # Every rank splits for every axis, in one order; the colour is the group's first rank.
-        part = comm.Split(group[0], comm.rank)
-        if len(group) == 1:
-            closing.append(part.Free)
-            return Alone(name, comm.rank), part
-        axis = MpiAxis(part, name, group, synchronous)
-        closing.append(axis.free)
-        return axis, part
-
-    everyone, _ = connect("everyone", tuple(range(mesh.size)))
-    replica, _ = connect("replica", mesh.replica(comm.rank))
-    peers, data_comm = connect("data", mesh.group("data", comm.rank))
-    axes = {name: connect(name, mesh.group(name, comm.rank))[0] for name in ("pipeline", "tensor")}
-    device = _device(comm)
-    if carrier != "mpi":
-        from hybridpar.wires.dist import torch_axes
-
-        axes, close = torch_axes(carrier, mesh, everyone, axes, device)
-        closing.append(close)
-    _start_horovod(data_comm)
-    closing.append(lambda: _stop_horovod(comm))
-    data = Alone("data", comm.rank) if mesh.data == 1 else hvd.HorovodAxis("data", peers.ranks, peers)
-    return World(mesh, comm.rank, seed, everyone, replica, data, peers, device=device, _closing=closing, **axes)
-
-
-def _start_horovod(comm: MPI.Intracomm) -> None:
-    horovod = _horovod()
-    horovod.init(comm=comm)
-    if horovod.size() != comm.size:
-        raise RuntimeError(
-            f"Horovod sees a world of {horovod.size()} where the data axis has {comm.size} ranks: it was built "
-            "without MPI or for another one; run `python -m hybridpar.install --force`"
-        )
-
-
-def _stop_horovod(comm: MPI.Intracomm) -> None:
-    comm.Barrier()  # a rank that stops early would stop Horovod on the others in mid-use
-    _horovod().shutdown()
-
-
-def stop_earlier_horovod(comm: MPI.Intracomm) -> None:
-    """Stop Horovod where it is running already; all ranks together."""
-    started = sys.modules.get("horovod.torch")
-    if started is not None and started.is_initialized():
-        _stop_horovod(comm)
-
-
-def _horovod() -> ModuleType:
-    import horovod.torch
-
-    return horovod.torch
-
-
-def _device(comm: MPI.Intracomm) -> torch.device:
-    """The GPU of this rank, by its place among the world's ranks on this host, or the CPU where there is none.
-
-    Horovod's local rank would not do: it counts within the data axis, so two ranks of a host may share it.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    device = torch.device("cuda", node.rank % torch.cuda.device_count())
-    node.Free()
-    torch.cuda.set_device(device)
-    return device
