@@ -218,10 +218,13 @@ class ParallelModel:
         """Evaluation mode: dropout is off."""
         return self.train(False)
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or make them zeros."""
         for p in self.parameters():
-            p.grad = None
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part: its shards, under their names in the unsplit module."""
@@ -283,9 +286,13 @@ class _Mode:
 
     def __init__(self, model: ParallelModel) -> None:
         self._model, self._before = model, model.training
+        # Each module's own: some may be in evaluation mode amid training, such as frozen batch norms.
+        self._modes = [(m, m.training) for stage in model._stages.values() for m in stage.modules()]
 
     def __enter__(self) -> None:
         self._model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self._model.train(self._before)
+        self._model.training = self._before
+        for module, mode in self._modes:
+            module.training = mode

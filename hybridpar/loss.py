@@ -2,12 +2,14 @@
 
     batch loss = sum of (weight x mean) over all microbatches of all replicas / sum of the weights
 
-The weight of a microbatch is its number of counted tokens where the loss knows it (`CrossEntropy`), else its number of
-samples. So unequal microbatches and ignored tokens count as they would in one process.
+The weight of a microbatch is what the loss divides by: the counted tokens, or the sum of their class weights, where the
+loss is `CrossEntropy` or one of torch's for classes; else the number of samples. So unequal microbatches and ignored
+tokens count as they would in one process.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +29,16 @@ class WeightedLoss:
     def __init__(self, function: LossFunction, axis: Axis, logits: Spec | None) -> None:
         self._function = _known(function)
         self._counts = isinstance(self._function, CrossEntropy)
+        self._torchs = self._counts and function is not self._function
         self._axis, self._logits = axis, logits
         self._cut = self._function.cut(axis, logits.parts) if self._counts and logits is not None else None
 
     def weight(self, targets: Any, samples: int) -> float:
         """How much the microbatch counts."""
+        if isinstance(self._function, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+            kept = targets[targets != self._function.ignore_index]
+            each = self._function.weight
+            return float(kept.numel() if each is None else each.to(kept.device)[kept].sum())
         return float(self._function.weight(targets) if self._counts else samples)
 
     def total(self, output: Any, targets: Any, weight: float) -> Tensor:
@@ -44,6 +51,8 @@ class WeightedLoss:
                 f"the plan leaves the output cut over the vocabulary, which {_name(self._function)} cannot read: use "
                 "loss=hp.CrossEntropy(), or take the last layer out of the plan"
             )
+        if self._torchs and not cut and output.dim() > 2 and targets.shape == (len(output), *output.shape[2:]):
+            output = output.movedim(1, -1)  # [b, v, ..], which is what torch's own takes
         value = (self._cut if cut else self._function)(output, targets)
         if value.dim():
             shape = list(value.shape)
@@ -63,9 +72,16 @@ def _name(function: LossFunction) -> str:
 
 
 def _known(function: LossFunction) -> LossFunction:
-    """torch's own cross entropy as ours, which knows how many tokens it counts."""
+    """torch's own cross entropy as ours, which knows how many tokens it counts; its functions as modules."""
+    if isinstance(function, functools.partial) and not function.args:
+        if function.func is nn.functional.cross_entropy:
+            return _known(nn.CrossEntropyLoss(**function.keywords))
+        if function.func is nn.functional.nll_loss:
+            return _known(nn.NLLLoss(**function.keywords))
     if function is nn.functional.cross_entropy:
         return CrossEntropy()
+    if function is nn.functional.nll_loss:
+        return nn.NLLLoss()
     if type(function) is nn.CrossEntropyLoss and function.weight is None and function.reduction == "mean":
         return CrossEntropy(function.ignore_index, function.label_smoothing)
     if isinstance(function, nn.Module) and getattr(function, "reduction", "mean") == "sum":

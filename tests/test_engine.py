@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,19 @@ def test_evaluation_amid_training_changes_neither_mode_nor_gradients_nor_what_fo
             stepper.zero_grad()
     assert losses[True] == losses[False]
     assert model.eval().predict(tokens(0)[0]) is not None and not model.training, "who evaluates goes on evaluating"
+    mesh.close()
+
+
+@ranks(2)
+def test_a_module_that_the_user_keeps_in_evaluation_mode_stays_there() -> None:
+    mesh = hp.init(pipeline=2)
+    module = double(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.5)))
+    model = hp.parallelize(module, mesh, loss=squares)
+    for m in model._stages[mesh.pipeline.index].modules():
+        m.training = type(m).__name__ != "Dropout"
+    model.eval_step((numbers(3, 4), numbers(3, 4)))
+    modes = {type(m).__name__: m.training for m in model._stages[mesh.pipeline.index].modules()}
+    assert model.training and not modes.pop("Dropout") and all(modes.values()), modes
     mesh.close()
 
 
@@ -391,6 +405,33 @@ def test_what_cannot_be_spread_is_refused_with_a_sentence() -> None:
         model.train_step((numbers(3, 4), numbers(3, 4)))
     with pytest.raises(ValueError, match=r"must have the same number of samples along dim 0, not \[3, 4\]"):
         hp.parallelize(layers(4, 4, 4), mesh, loss=squares).train_step((numbers(3, 4), numbers(4, 4)))
+    mesh.close()
+
+
+class Wraps(nn.Module):
+    """A tensor in, and `wrap` of one out."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(4, 4), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.linear(x))
+
+
+@ranks(2)
+def test_tensors_inside_what_is_no_tuple_are_refused_between_stages(tmp_path: Path) -> None:
+    # Two stages on each of two replicas, so that both ranks come to the sentence.
+    mesh, path = hp.init(), tmp_path / "two.csv"
+    path.write_text("0F0,1F0,1B0,0B0\n")
+    for wrap, kind in ((lambda x: {"x": x}, "dict"), (lambda x: [x, x], "list"), (lambda x: (x, (x,)), "tuple")):
+        module = double(lambda wrap=wrap: nn.Sequential(Wraps(wrap), Wraps(wrap)))
+        model = hp.parallelize(module, mesh, loss=squares, schedule=str(path))
+        with pytest.raises(ValueError, match=f"0 ends stage 0 and returns tensors inside a {kind}: between stages let"):
+            model.train_step((numbers(3, 4), numbers(3, 4)))
+    module = double(lambda: nn.Sequential(nn.Linear(4, 4), Wraps(lambda x: {"x": x})))
+    model = hp.parallelize(module, mesh, loss=lambda out, y: squares(out["x"], y), schedule=str(path))
+    assert model.train_step((numbers(3, 4), numbers(3, 4))) > 0, "the last stage may return what the loss can read"
     mesh.close()
 
 

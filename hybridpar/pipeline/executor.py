@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridpar.microbatch import tensors as within
 from hybridpar.optim.model import Reducing
 from hybridpar.pipeline.action import Action, Kind
 from hybridpar.pipeline.schedule import Schedule
@@ -105,10 +106,11 @@ class _Run:
         began = time.perf_counter()
         self._of._draw.samples = micro.samples
         output, skips = stage(inputs, skips)
-        tensors, structure = _pack(output, skips)
         if action.stage == self._schedule.stages - 1:
             pulled = micro.finish(output)
-            tensors = [] if pulled is None else [pulled]
+            tensors, structure = [] if pulled is None else [pulled], None
+        else:
+            tensors, structure = _pack(output, skips, stage)
         self._note(action, began)
         wants = [t.requires_grad for t in tensors]
         if not self._schedule.forward_only:
@@ -168,9 +170,15 @@ class _Run:
         self.spans.append(span)
 
 
-def _pack(output: Any, skips: Mapping[str, Tensor]) -> tuple[list[Tensor], Any]:
+def _pack(output: Any, skips: Mapping[str, Tensor], stage: Stage) -> tuple[list[Tensor], Any]:
     """The tensors of a stage's output and skips, and the structure that `_unpack` needs."""
     items = output if isinstance(output, tuple) else (output,)
+    for item in items:
+        if not isinstance(item, Tensor) and within(item):  # it would travel as a constant, and no gradient would return
+            raise ValueError(
+                f"{stage.names[-1]} ends stage {stage.number} and returns tensors inside a {type(item).__name__}: "
+                "between stages let it return a tensor, or a flat tuple of tensors and constants"
+            )
     tensors = [t for t in items if isinstance(t, Tensor)] + list(skips.values())
     constants = [None if isinstance(t, Tensor) else (t,) for t in items]
     return tensors, (constants, tuple(skips))

@@ -52,7 +52,10 @@ class Pop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.name not in self.box:
-            raise ValueError(f"skip {self.name!r} was popped before anything was stashed: put its stash earlier")
+            raise ValueError(
+                f"skip {self.name!r} was popped before anything was stashed: put its stash "
+                "earlier, and give each Skip a name of its own"
+            )
         return self.join(x, self.box.pop(self.name))
 
 

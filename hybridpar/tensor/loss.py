@@ -93,7 +93,7 @@ def _places(targets: Tensor, held: tuple[Range, ...]) -> Tensor:
 
 
 def _blocks(logits: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and where to work on them: in `out` itself where it has `dtype`, else in one small buffer."""
+    """Some rows at a time, and where to work on them: in `out` itself if it has `dtype`, else in one small buffer."""
     step = max(1, _BLOCK // max(1, logits.shape[1]))
     inside = out is not None and out.dtype == dtype
     buffer = None if inside else logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
