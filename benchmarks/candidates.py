@@ -32,10 +32,14 @@ class Bar:
 
 CANDIDATES = (
     Candidate(LIMIT, "2 processes, half the batch each, no communication", "torch_sides:alone", learns_alone=True),
+    Candidate(
+        "limit-kept", "the same, freed memory kept as hybridpar does", "torch_sides:alone_kept", learns_alone=True
+    ),
     Candidate("one", "1 process, all cores", "torch_sides:alone", ranks=1, all_cores=True),
     Candidate("data", "hybridpar, data 2 (Horovod)", "hybridpar_sides:data", launcher="mpirun"),
     Candidate("ddp", "torch DDP, default settings", "torch_sides:ddp"),
     Candidate("ddp-tuned", "torch DDP, bucket views, 8 MB buckets", "torch_sides:ddp_tuned"),
+    Candidate("ddp-kept", "the same, freed memory kept as hybridpar does", "torch_sides:ddp_kept"),
     Candidate("tensor", "hybridpar, tensor 2", "hybridpar_sides:tensor", launcher="mpirun"),
     Candidate("dtensor", "torch DTensor, loss_parallel", "torch_sides:dtensor"),
     Candidate("dtensor-seq", "the same with sequence parallelism", "torch_sides:dtensor_sequence"),

@@ -16,11 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.side import Seat, Side, accumulating, nobody
 from benchmarks.work import Work, cross_entropy, optimizer
 from hybridpar.models.gpt import GPT
+from hybridpar.wires.memory import keep_freed_memory
 
 
 def alone(work: Work, seat: Seat) -> Side:
     """The whole batch in one process; or half of it in each of two that never meet, which is the limit."""
     return Side(seat.rank, accumulating(work, work.model(), seat.rank, seat.ranks), nobody)
+
+
+def alone_kept(work: Work, seat: Seat) -> Side:
+    """The same with the allocator as `hp.init` sets it."""
+    keep_freed_memory()
+    return alone(work, seat)
 
 
 def ddp(work: Work, seat: Seat, **options: object) -> Side:
@@ -33,6 +40,12 @@ def ddp(work: Work, seat: Seat, **options: object) -> Side:
 def ddp_tuned(work: Work, seat: Seat) -> Side:
     """DDP whose gradients are views of the buckets (no copies), in buckets small enough to overlap."""
     return ddp(work, seat, gradient_as_bucket_view=True, bucket_cap_mb=8)
+
+
+def ddp_kept(work: Work, seat: Seat) -> Side:
+    """DDP, tuned, with the allocator as `hp.init` sets it: what torch's users could have by the same means."""
+    keep_freed_memory()
+    return ddp_tuned(work, seat)
 
 
 def dtensor(work: Work, seat: Seat, sequence: bool = False) -> Side:
