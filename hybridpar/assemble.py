@@ -88,7 +88,7 @@ def parallelize(
         executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, first_tag=len(ties)),
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
-        loss=None if loss is None else WeightedLoss(loss, mesh.tensor, applied.logits),
+        loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
         report=_report(all_stages, homes, weights, bounds, applied, mesh),
     )
 

@@ -100,7 +100,7 @@ class ParallelModel:
         Example:
             >>> loss = model.eval_step((ids, targets), microbatches=8)    # doctest: +SKIP
         """
-        with self._evaluating():
+        with _Evaluating(self):
             return self._with_loss(batch, microbatches, training=False)
 
     @torch.no_grad()
@@ -113,8 +113,8 @@ class ParallelModel:
         outputs: list[Tensor] = []
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         parts = split_batch(to_device(inputs, self.world.device), microbatches)
-        micros = [Micro(part, torch.arange(n), lambda output: outputs.append(output)) for part, n in parts]
-        with self._evaluating():
+        micros = [Micro(part, torch.arange(n), lambda output: outputs.append(self._whole(output))) for part, n in parts]
+        with _Evaluating(self):
             self._spans = self._executor.run(self._schedules(len(micros)).evaluation(), micros)
         return self._everywhere(torch.cat(outputs) if outputs else None)
 
@@ -169,11 +169,16 @@ class ParallelModel:
                 "mesh.place.data, not by mesh.rank, or let hp.DataLoader do it"
             )
 
+    def _whole(self, output: Any) -> Tensor:
+        """A microbatch's output, whole on every tensor rank."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"predict returns one tensor, and the module returned a {type(output).__name__}")
+        cut = is_cut(output, self._applied.logits, self.world.tensor)
+        return self.world.tensor.allgather(output, -1) if cut else output
+
     def _everywhere(self, output: Tensor | None) -> Tensor:
         """The last stage's output, on every rank of the replica."""
         world = self.world
-        if is_cut(output, self._applied.logits, world.tensor):
-            output = world.tensor.allgather(output, -1)
         told = world.replica.objects(output is not None)
         return everywhere(output, told.index(True), world.replica, world.device)
 
@@ -277,11 +282,8 @@ class ParallelModel:
         """The buffers of this rank's stages."""
         return {name: x for stage in self._stages.values() for name, x in stage.kept()}
 
-    def _evaluating(self) -> _Mode:
-        return _Mode(self)
 
-
-class _Mode:
+class _Evaluating:
     """Evaluation mode within a `with`, and what was before after it."""
 
     def __init__(self, model: ParallelModel) -> None:

@@ -24,14 +24,16 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class WeightedLoss:
-    """A user's loss function, as a sum over what it counts and the number of what it counts."""
+    """A user's loss function, as a sum over what it counts and the number of what it counts.
 
-    def __init__(self, function: LossFunction, axis: Axis, logits: Spec | None) -> None:
+    `logits()` is the spec of the column layer, if any, from which the output at hand may come.
+    """
+
+    def __init__(self, function: LossFunction, axis: Axis, logits: Callable[[], Spec | None]) -> None:
         self._function = _known(function)
         self._counts = isinstance(self._function, CrossEntropy)
         self._torchs = self._counts and function is not self._function
         self._axis, self._logits = axis, logits
-        self._cut = self._function.cut(axis, logits.parts) if self._counts and logits is not None else None
 
     def weight(self, targets: Any, samples: int) -> float:
         """How much the microbatch counts."""
@@ -45,15 +47,16 @@ class WeightedLoss:
         """The sum (not the mean) over what counts."""
         if weight == 0:
             return output.sum() * 0.0 if isinstance(output, Tensor) else torch.zeros((), requires_grad=True)
-        cut = is_cut(output, self._logits, self._axis)
-        if cut and self._cut is None:
+        logits = self._logits()
+        cut = is_cut(output, logits, self._axis)
+        if cut and not self._counts:
             raise ValueError(
                 f"the plan leaves the output cut over the vocabulary, which {_name(self._function)} cannot read: use "
                 "loss=hp.CrossEntropy(), or take the last layer out of the plan"
             )
         if self._torchs and not cut and output.dim() > 2 and targets.shape == (len(output), *output.shape[2:]):
             output = output.movedim(1, -1)  # [b, v, ..], which is what torch's own takes
-        value = (self._cut if cut else self._function)(output, targets)
+        value = (self._function.cut(self._axis, logits.parts) if cut else self._function)(output, targets)
         if value.dim():
             shape = list(value.shape)
             raise ValueError(f"the loss function returned shape {shape} and must return one number, the mean")

@@ -258,6 +258,34 @@ def test_skips_over_several_stages_carry_gradients_back(rank_count: int, schedul
     mesh.close()
 
 
+class HeadFirst(nn.Module):
+    """Registered in another order than called."""
+
+    tensor_plan = {"head": "column", "up": "column", "down": "row"}
+    chain = ("up", "down", "head")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.up, self.down = nn.Linear(4, 6), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(self.up(x)))
+
+
+@ranks(2, 4)
+def test_logits_are_known_by_what_is_called_last_and_not_by_what_is_registered_last(rank_count: int) -> None:
+    mesh = hp.init(tensor=2, pipeline=rank_count // 2)
+    x, y = numbers(8, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])  # all targets among the first rank's columns
+    options = {"stages": [1, 2]} if rank_count == 4 else {}
+    model = hp.parallelize(double(HeadFirst), mesh, loss=hp.CrossEntropy(), **options)
+    plain = double(HeadFirst)(x)
+    for _ in range(2):
+        same(model.predict(x, microbatches=2), plain.detach(), "output")
+        loss = torch.tensor(model.eval_step((x, y), microbatches=2), dtype=torch.float64)
+        same(loss, F.cross_entropy(plain, y).detach(), "loss")
+    mesh.close()
+
+
 @ranks(2)
 def test_a_chain_of_plain_layers_is_cut_where_the_user_says() -> None:
     mesh = hp.init(pipeline=2)

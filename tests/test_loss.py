@@ -39,7 +39,7 @@ def batch(*places: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_torchs_losses_of_classes_are_the_same_over_unequal_microbatches(name: str, places: tuple[int, ...]) -> None:
     logits, targets = batch(*places)
-    loss = WeightedLoss(LOSSES[name], Alone("tensor"), None)
+    loss = WeightedLoss(LOSSES[name], Alone("tensor"), lambda: None)
     pieces = [(x, y, loss.weight(y, len(y))) for x, y in zip(logits.split([2, 3, 6]), targets.split([2, 3, 6]))]
     total = sum(loss.total(x, y, weight) for x, y, weight in pieces) / sum(weight for *_, weight in pieces)
     torch.testing.assert_close(total, LOSSES[name](logits, targets))
@@ -48,6 +48,6 @@ def test_torchs_losses_of_classes_are_the_same_over_unequal_microbatches(name: s
 @pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss()])
 def test_torchs_cross_entropy_also_takes_classes_in_the_last_dim(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     logits, targets = batch(5)
-    ours = WeightedLoss(loss, Alone("tensor"), None)
+    ours = WeightedLoss(loss, Alone("tensor"), lambda: None)
     total = ours.total(logits.movedim(1, -1), targets, ours.weight(targets, len(targets)))
     torch.testing.assert_close(total / targets.numel(), F.cross_entropy(logits, targets))

@@ -21,7 +21,7 @@ on the layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -44,15 +44,24 @@ class Applied:
     """What became of a module.
 
     `specs` has every parameter once, by its global name; `tied` gives for each other name of a tied parameter the one
-    it has in `specs`. `replicated` lists (module, reason) for what the plan does not speak of. `logits` is the spec of
-    the last cut layer's weight where that is a column layer: if the module's output comes from it, it is cut along its
-    last dim as `logits.parts`.
+    it has in `specs`. `replicated` lists (module, reason) for what the plan does not speak of. `columns` are the specs
+    of the column layers' weights by layer, and `called` names the cut layer that was called last (at first, before any
+    call, the one registered last): modules need not be registered in the order in which they are called.
     """
 
     specs: dict[str, Spec]
     tied: dict[str, str] = field(default_factory=dict)
     replicated: tuple[tuple[str, str], ...] = ()
-    logits: Spec | None = None
+    columns: Mapping[str, Spec] = field(default_factory=dict)
+    called: list[str] = field(default_factory=list)
+
+    @property
+    def logits(self) -> Spec | None:
+        """The spec of the weight of the cut layer called last, where that is a column layer.
+
+        If the module's output comes from it, it is cut along its last dim as `logits.parts`.
+        """
+        return self.columns.get(self.called[0]) if self.called else None
 
 
 def apply(
@@ -83,9 +92,10 @@ def apply(
     _replace(module, modules, styles, axis, draw, Sequence(axis, draw) if sequence else None)
     specs = _specs(module, styles, rename, sequence)
     tied = _tie(module, ties, specs, rename)
-    logits = _logits(styles, list(modules), specs)
+    columns = {name: specs[f"{name}.weight"] for name, style in styles.items() if style == "column"}
+    called = _watch({name: module.get_submodule(modules[name][0]) for name in styles}, styles)
     specs = {name: spec for name, spec in specs.items() if name not in tied}
-    return Applied(specs, tied, _replicated(module, styles, rename), logits)
+    return Applied(specs, tied, _replicated(module, styles, rename), columns, called)
 
 
 def _replace(
@@ -249,9 +259,10 @@ def _replicated(
     return tuple(found)
 
 
-def _logits(styles: Mapping[str, str], names: Iterable[str], specs: Mapping[str, Spec]) -> Spec | None:
-    """The spec of the last cut layer's weight, if it is a column layer."""
-    cut = [name for name in names if styles.get(name) in ("column", "row", "attention")]
-    if not cut or styles[cut[-1]] != "column":
-        return None
-    return specs.get(f"{cut[-1]}.weight")
+def _watch(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> list[str]:
+    """The name of the cut layer called last, kept up to date by hooks; at first the one registered last."""
+    cut = [name for name in modules if styles[name] in ("column", "row", "attention")]
+    called = cut[-1:]
+    for name in cut:
+        modules[name].register_forward_hook(lambda *_, name=name: called.__setitem__(0, name))
+    return called
