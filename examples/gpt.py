@@ -28,7 +28,7 @@ from hybridpar.trace.text import gantt
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16, help="samples per step, over all replicas")
     parser.add_argument("--microbatches", type=int, default=4, help="pieces into which each replica cuts its part")
     parser.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b, interleaved, or a CSV file")
@@ -73,7 +73,8 @@ def main() -> None:
         print(f"text: {text.megabytes:.1f} MB of Python, {len(text.train):,} tokens, {len(text.validation):,} held back")
 
     loss = math.nan
-    bar = tqdm(total=args.steps, disable=not first, mininterval=1 if sys.stderr.isatty() else 5, unit="step", ncols=110)
+    often = 1 if sys.stderr.isatty() else 5
+    bar = tqdm(total=args.steps, disable=not first, mininterval=often, unit="step", ncols=110)
     began = time.perf_counter()
     for step, batch in zip(range(1, args.steps + 1), endless(training)):
         loss = model.train_step(batch, microbatches=args.microbatches)

@@ -76,7 +76,8 @@ def standard_library(vocabulary: int, megabytes: float, folder: Path) -> Text:
 
 def _read(megabytes: float) -> tuple[list[str], list[str]]:
     folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(p for p in folder.rglob("*.py") if "site-packages" not in p.parts and not {"test", "tests"} & set(p.parts))
+    left_out = {"site-packages", "test", "tests"}
+    files = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.parts))
     files.sort(key=lambda p: hashlib.sha256(str(p.relative_to(folder)).encode()).digest())  # mixed, but always alike
     chosen, size = [], 0
     for path in files:

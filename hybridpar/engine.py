@@ -165,8 +165,8 @@ class ParallelModel:
         if not torch.equal(most, -least):
             raise ValueError(
                 f"the {self.world.replica.size} ranks of one replica were given different batches (this one: "
-                f"{batch[0]:.0f} samples in {batch[1]:.0f} microbatches): choose samples by hvd.rank() or "
-                "mesh.place.data, not by mesh.rank, or let hp.DataLoader do it"
+                f"{batch[0]:.0f} samples, microbatches={batch[1]:.0f}): choose samples by hvd.rank() or "
+                "mesh.place.data, not by mesh.rank, and seed alike what is drawn at random in the data set"
             )
 
     def _whole(self, output: Any) -> Tensor:
@@ -182,7 +182,20 @@ class ParallelModel:
         told = world.replica.objects(output is not None)
         return everywhere(output, told.index(True), world.replica, world.device)
 
+    @property
+    def steps(self) -> int:
+        """How many training steps there have been. Dropout masks depend on it: save it, and set it when you resume."""
+        return self._draw.step
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._draw.step = count
+
     # ---- the module's face
+
+    def __call__(self, *inputs: Any) -> None:
+        """Refused: one rank cannot call what lies on several."""
+        raise ValueError("a parallel model is not called: use train_step(batch), eval_step(batch) or predict(inputs)")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that this rank owns: its shards of its stages."""

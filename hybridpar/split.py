@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridpar.pipeline.skip import boxes
+from hybridpar.pipeline.skip import Pop, boxes
 
 Unit = tuple[str, nn.Module]
 
@@ -32,13 +32,11 @@ class Stage(nn.Module):
         self.number, self.names = number, tuple(name for name, _ in units)
         self.units = nn.ModuleList(module for _, module in units)
         self._boxes = boxes(self)
-        # What arrives is a leaf of the graph, and a leaf must not be changed in place.
-        self.copies_inputs = any(getattr(m, "inplace", False) for m in self.modules())
 
     def forward(self, inputs: tuple[Any, ...], skips: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """The output of the last unit, and the skips that later stages will want."""
         waiting = dict(skips)
-        wanted = {m.name: m.box for m in self.modules() if hasattr(m, "join") and hasattr(m, "box")}
+        wanted = {m.name: m.box for m in self.modules() if isinstance(m, Pop)}
         for name in [name for name in waiting if name in wanted]:
             wanted[name][name] = waiting.pop(name)
         value: Any = inputs

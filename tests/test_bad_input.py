@@ -156,6 +156,7 @@ case("schedule", lambda: model(schedule="zigzag"))
 case("csv", lambda: model(schedule="three.csv").train_step((x, y), microbatches=2))
 case("no csv", lambda: model(schedule="four.csv"))
 case("optimizer", lambda: hp.DistributedOptimizer(torch.optim.SGD([nn.Parameter(x)], 0.1), model()))
+case("called", lambda: model()(x))
 case("no loss", lambda: hp.parallelize(plain(), mesh).train_step((x, y)))
 """
 ON_DATA = CASES + """
@@ -184,7 +185,7 @@ SENTENCES = {
             "style": 'has the style "columns"; the styles are column, row',
             "weights": "differs between ranks",
             "values": "differs between ranks",
-            "batches": "the 2 ranks of one replica were given different batches (this one: 4 samples in 1 microbatches)",
+            "batches": "the 2 ranks of one replica were given different batches (this one: 4 samples, microbatches=1)",
             "ids": "ids from 12 to 12 for a vocabulary of 12",
         },
     ),
@@ -199,6 +200,7 @@ SENTENCES = {
             "csv": "three.csv is for 2 ranks and 3 microbatches, and 2 ranks with 2 microbatches",
             "no csv": "four.csv cannot be read",
             "optimizer": "is not one that this rank's part of the model owns",
+            "called": "a parallel model is not called: use train_step(batch)",
             "no loss": "without a loss",
         },
     ),

@@ -307,19 +307,44 @@ def test_a_chain_of_plain_layers_is_cut_where_the_user_says() -> None:
     mesh.close()
 
 
+class AddsOne(nn.Module):
+    """In place, without a word of it in its attributes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return x
+
+
 @ranks(2)
 def test_a_stage_may_begin_with_a_layer_that_works_in_place_and_a_module_may_be_called_twice() -> None:
     mesh = hp.init(pipeline=2)
 
     def make() -> nn.Module:
         relu = nn.ReLU(inplace=True)
-        return nn.Sequential(nn.Linear(4, 6), relu, nn.Linear(6, 6), relu, nn.Linear(6, 2))
+        return nn.Sequential(nn.Linear(4, 6), relu, nn.Linear(6, 6), AddsOne(), relu, nn.Linear(6, 2))
 
-    for stages in ([1, 4], [3, 2]):
+    for stages in ([1, 5], [3, 3]):
         model = trained(make, mesh, *batches(7, 4, 2), stages=stages)
     same(model.predict(numbers(3, 4)), loaded(make, model)(numbers(3, 4)).detach(), "output")
     for schedule in ("interleaved",):
         trained(make, mesh, *batches(7, 4, 2), schedule=schedule)
+    mesh.close()
+
+
+@ranks(1)
+def test_steps_are_counted_and_can_be_set_for_a_resumed_run() -> None:
+    mesh = hp.init()
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2)).double()
+
+    batch = numbers(6, 4), numbers(6, 2)
+    model, resumed = (hp.parallelize(make(), mesh, loss=nn.MSELoss()) for _ in range(2))
+    losses = [model.train_step(batch) for _ in range(3)]
+    assert model.steps == 3 and len(set(losses)) == 3, "each step has masks of its own"
+    resumed.steps = 2
+    assert resumed.train_step(batch) == losses[2]
     mesh.close()
 
 

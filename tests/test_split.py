@@ -117,10 +117,6 @@ def test_a_stage_hands_on_the_skips_that_others_want_and_uses_its_own() -> None:
     assert torch.equal(value, model(x))
 
 
-def test_a_stage_that_changes_its_input_in_place_says_so() -> None:
-    assert Stage(0, [("a", nn.ReLU(inplace=True))]).copies_inputs
-    assert not Stage(0, [("a", nn.ReLU())]).copies_inputs
-
 
 def test_what_a_stage_keeps_beside_parameters_is_in_the_modules_state_dict() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))

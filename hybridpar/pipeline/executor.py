@@ -101,7 +101,8 @@ class _Run:
         else:
             received, (structure, wants) = self._take(Kind.FORWARD, action.stage, action.micro, action.stage - 1)
             received = [t.requires_grad_(w) if w else t for t, w in zip(received, wants)]
-            entering = [t.clone() if w and stage.copies_inputs else t for t, w in zip(received, wants)]
+            # What arrives is a leaf of the graph, which x += 1 must not change: the stage gets a copy.
+            entering = [t.clone() if w else t for t, w in zip(received, wants)]
             inputs, skips = _unpack(entering, structure)
         began = time.perf_counter()
         self._of._draw.samples = micro.samples
