@@ -24,9 +24,14 @@ def pipeline(work: Work, seat: Seat) -> Side:
     return _side(work, pipeline=seat.ranks)
 
 
-def _side(work: Work, **degrees: int) -> Side:
+def interleaved(work: Work, seat: Seat) -> Side:
+    """Two stages on each rank, which halves the bubble."""
+    return _side(work, "interleaved", pipeline=seat.ranks)
+
+
+def _side(work: Work, schedule: str = "1f1b", **degrees: int) -> Side:
     world = hp.init(**degrees)
-    model = hp.parallelize(work.model(), world, loss=hp.CrossEntropy())
+    model = hp.parallelize(work.model(), world, loss=hp.CrossEntropy(), schedule=schedule)
     adam = hp.DistributedOptimizer(optimizer(model.parameters()), model)
     replicas = world.mesh.data
 

@@ -70,7 +70,7 @@ def main() -> None:
     )
     if first:
         print(model.report)
-        print(f"text: {text.megabytes:.1f} MB of Python, {len(text.train):,} tokens, {len(text.validation):,} held back")
+        print(f"text: {text.megabytes:.1f} MB, {len(text.train):,} tokens, {len(text.validation):,} held back")
 
     loss = math.nan
     often = 1 if sys.stderr.isatty() else 5
