@@ -44,7 +44,7 @@ CANDIDATES = (
     Candidate("dtensor", "torch DTensor, loss_parallel", "torch_sides:dtensor"),
     Candidate("dtensor-seq", "the same with sequence parallelism", "torch_sides:dtensor_sequence"),
     Candidate("pipeline", "hybridpar, pipeline 2, 1F1B", "hybridpar_sides:pipeline", launcher="mpirun"),
-    Candidate("interleaved", "the same, 2 stages a rank, interleaved", "hybridpar_sides:interleaved", launcher="mpirun"),
+    Candidate("interleaved", "the same, 2 stages a rank", "hybridpar_sides:interleaved", launcher="mpirun"),
     Candidate("torch-1f1b", "torch pipelining, Schedule1F1B", "torch_sides:one_f_one_b"),
     Candidate("torch-gpipe", "torch pipelining, ScheduleGPipe", "torch_sides:gpipe"),
 )
