@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listed
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from hybridpar.global_view import take
 from hybridpar.shard import Range, Spec, balanced, cut
 from hybridpar.tensor import collectives
 from hybridpar.tensor.sequence import Sequence
@@ -124,8 +124,7 @@ def hold(parameter: nn.Parameter, spec: Spec, index: int) -> nn.Parameter:
     """The shard that `index` holds. Where nothing is cut off it is `parameter` itself, so references to it hold."""
     if spec.dim is None or spec.held(index) == ((0, spec.shape[spec.dim]),):
         return parameter
-    pieces = [parameter.detach().narrow(spec.dim, start, stop - start) for start, stop in spec.held(index)]
-    return nn.Parameter(torch.cat(pieces, spec.dim), requires_grad=parameter.requires_grad)
+    return nn.Parameter(take(parameter.detach(), spec, index), requires_grad=parameter.requires_grad)
 
 
 def check_plain(module: nn.Module, kind: type[nn.Module], style: str, name: str) -> None:
