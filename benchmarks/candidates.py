@@ -46,6 +46,7 @@ CANDIDATES = (
     Candidate("pipeline", "hybridpar, pipeline 2, 1F1B", "hybridpar_sides:pipeline", launcher="mpirun"),
     Candidate("interleaved", "the same, 2 stages a rank", "hybridpar_sides:interleaved", launcher="mpirun"),
     Candidate("torch-1f1b", "torch pipelining, Schedule1F1B", "torch_sides:one_f_one_b"),
+    Candidate("torch-interleaved", "torch pipelining, 2 stages a rank", "torch_sides:interleaved"),
     Candidate("torch-gpipe", "torch pipelining, ScheduleGPipe", "torch_sides:gpipe"),
 )
 

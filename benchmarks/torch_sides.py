@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import Replicate, Shard, parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.side import Seat, Side, accumulating, nobody
 from benchmarks.work import Work, cross_entropy, optimizer
-from hybridpar.models.gpt import GPT
 from hybridpar.wires.memory import keep_freed_memory
 
 
@@ -73,6 +72,11 @@ def one_f_one_b(work: Work, seat: Seat) -> Side:
     return _pipeline(work, seat, Schedule1F1B)
 
 
+def interleaved(work: Work, seat: Seat) -> Side:
+    """ScheduleInterleaved1F1B, two stages on each rank."""
+    return _pipeline(work, seat, ScheduleInterleaved1F1B, chunks=2)
+
+
 def gpipe(work: Work, seat: Seat) -> Side:
     """torch.distributed.pipelining's ScheduleGPipe over two stages."""
     return _pipeline(work, seat, ScheduleGPipe)
@@ -124,13 +128,15 @@ def _sequence_plan() -> dict[str, parallel.ParallelStyle]:
     }
 
 
-def _pipeline(work: Work, seat: Seat, schedule: type) -> Side:
+def _pipeline(work: Work, seat: Seat, schedule: type, chunks: int = 1) -> Side:
     _meet(seat)
-    first, last = seat.rank == 0, seat.rank == seat.ranks - 1
-    model = _stage(work.model(), work.first_stage_blocks, first)
-    stage = PipelineStage(model, seat.rank, seat.ranks, torch.device("cpu"))
-    runner = schedule(stage, n_microbatches=work.microbatches, loss_fn=cross_entropy)
-    adam = optimizer(model.parameters())
+    total = seat.ranks * chunks
+    held = {number: _stage(work, number, total) for number in range(seat.rank, total, seat.ranks)}
+    stages = [PipelineStage(module, number, total, torch.device("cpu")) for number, module in held.items()]
+    one = chunks == 1
+    runner = schedule(stages[0] if one else stages, n_microbatches=work.microbatches, loss_fn=cross_entropy)
+    adam = optimizer(p for module in held.values() for p in module.parameters())
+    first, last = 0 in held, total - 1 in held
 
     def step(ids: Tensor, targets: Tensor) -> float | None:
         losses: list[Tensor] = []
@@ -142,7 +148,7 @@ def _pipeline(work: Work, seat: Seat, schedule: type) -> Side:
     return Side(seat.rank, step, dist.barrier)
 
 
-def _stage(model: GPT, blocks: int, first: bool) -> nn.Sequential:
-    if first:
-        return nn.Sequential(model.embed, *model.blocks[:blocks])
-    return nn.Sequential(*model.blocks[blocks:], model.head)
+def _stage(work: Work, number: int, stages: int) -> nn.Sequential:
+    """One stage of the model, by the cut that hybridpar makes too."""
+    model, cut = work.model(), work.cut(stages)
+    return nn.Sequential(*[model.embed, *model.blocks, model.head][cut[number] : cut[number + 1]])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridpar.models.gpt import GPT
+from hybridpar.pipeline.partition import partition
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,12 @@ class Work:
         """Samples in one microbatch."""
         return self.batch // self.microbatches
 
-    @property
-    def first_stage_blocks(self) -> int:
-        """How many blocks the first of two pipeline stages holds: the cut with the least work in the larger stage.
+    def cut(self, stages: int) -> tuple[int, ...]:
+        """Where each stage begins among embedding, blocks and head, and the end: the largest stage is the least.
 
-        Multiplications per token: a block has 12 d d in its matrices and 2 l d in its scores, the head V d.
+        Multiplications per token: a block has 12 d d in its matrices, the head V d, an embedding none.
         """
-        block = 12 * self.width**2 + 2 * self.tokens * self.width
-        head = self.vocabulary * self.width
-        return min(range(1, self.depth), key=lambda n: max(n * block, (self.depth - n) * block + head))
+        return partition([1, *[12 * self.width**2] * self.depth, self.vocabulary * self.width], stages)
 
     def model(self) -> GPT:
         """The whole model, with the same initial weights on every call."""

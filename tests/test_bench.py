@@ -57,8 +57,8 @@ def test_of_ranks_that_never_meet_only_the_first_loss_counts() -> None:
 
 
 def test_the_cut_in_two_stages_weighs_the_head() -> None:
-    assert Work().first_stage_blocks == 5  # the head of 6144 words weighs about two blocks
-    assert Work(vocabulary=64).first_stage_blocks == 4
+    assert Work().cut(2) == (0, 6, 10)  # the embedding and 5 blocks: the head of 6144 words weighs about two blocks
+    assert Work(vocabulary=64).cut(2) == (0, 5, 10)
 
 
 def test_the_work_survives_the_way_to_the_ranks() -> None:

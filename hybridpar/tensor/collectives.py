@@ -13,8 +13,7 @@ scatter_sum are g and g-bar of Korthikanti et al. 2022 (https://arxiv.org/abs/22
 of `shard.balanced`. Inputs need not be contiguous and are never changed, except where `sum_` is told so.
 Each backward is the conjugate itself, so second derivatives are right too.
 
-This is the one place above the wires that looks for size 1: there every function returns its input, with no node in
-the graph.
+On an axis of size 1 every function returns its input, with no node in the graph, so that callers need not look.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ class RowLinear(nn.Module):
                 f"{self._name}: {x.shape[-1]} features come in and {self.weight.shape[1]} of {self.in_features} are "
                 f"held here; a row layer takes what a column layer with the same cut gives"
             )
+        if self.axis.size == 1 and self.sequence is None:  # nothing to sum: the bias is added by the product
+            return F.linear(x, self.weight, self.bias)
         y = F.linear(x, self.weight)
         y = collectives.sum_(y, self.axis, fresh=True) if self.sequence is None else self.sequence.scatter(y)
         return y if self.bias is None else y.add_(self.bias)

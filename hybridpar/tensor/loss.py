@@ -13,7 +13,8 @@ n counted and ignored tokens, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -92,14 +93,21 @@ def _places(targets: Tensor, held: tuple[Range, ...]) -> Tensor:
     return places
 
 
-def _blocks(logits: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and where to work on them: in `out` itself if it has `dtype`, else in one small buffer."""
-    step = max(1, _BLOCK // max(1, logits.shape[1]))
-    inside = out is not None and out.dtype == dtype
-    buffer = None if inside else logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=dtype)
+def _softmax(kind: Callable[..., Tensor], logits: Tensor, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The softmax, or log softmax, of some rows at a time, in `out` if it has the wide dtype, else in a buffer.
+
+    torch's fused kernel, which on CPUs is three times as fast as subtracting and `exp`.
+    """
+    wide, step = _wide(logits), max(1, _BLOCK // max(1, logits.shape[1]))
+    inside = out is not None and out.dtype == wide
+    buffer = None if inside else logits.new_empty(min(step, len(logits)), logits.shape[1], dtype=wide)
     for first in range(0, len(logits), step):
         rows = slice(first, min(first + step, len(logits)))
-        yield rows, out[rows] if inside else buffer[: rows.stop - first]
+        yield rows, kind(logits[rows], -1, dtype=wide, out=out[rows] if inside else buffer[: rows.stop - first])
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 class _Loss(Function):
@@ -107,35 +115,40 @@ class _Loss(Function):
     def forward(
         ctx: Any, logits: Tensor, places: Tensor, counted: Tensor, axis: Axis, total: int, smoothing: float
     ) -> Tensor:
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        top = axis.allreduce(logits.amax(-1).to(wide), "max")  # [n]
+        wide = _wide(logits)
+        highest = logits.amax(-1)  # [n], of the columns held here
+        top = axis.allreduce(highest.to(wide, copy=True), "max")
         here = places >= 0
         target = logits.gather(-1, places.clamp(min=0)[:, None])[:, 0].to(wide) - top
-        sums = [torch.empty_like(top), target.masked_fill(~here, 0)]
+        share = torch.empty_like(top)  # the log softmax of the highest logit: - log sum exp(z - highest)
+        for rows, block in _softmax(torch.log_softmax, logits):
+            torch.amax(block, -1, out=share[rows])
+        own = (highest - top - share).exp().masked_fill(highest == -inf, 0)  # sum exp(z - top) over these columns
+        sums = [own.clone(), target.masked_fill(~here, 0)]
         if smoothing:
             sums.append(logits.sum(-1, dtype=wide) - top * logits.shape[1])
-        for rows, block in _blocks(logits, wide):
-            torch.sub(logits[rows], top[rows, None], out=block)
-            torch.sum(block.exp_(), -1, out=sums[0][rows])
         sums = axis.allreduce(torch.stack(sums))
         losses = sums[0].log() - (1 - smoothing) * sums[1]
         if smoothing:
             losses -= smoothing / total * sums[2]
-        ctx.save_for_backward(logits, places, counted, top, sums[0])
+        ctx.save_for_backward(logits, places, counted, own, sums[0])
         ctx.total, ctx.smoothing = total, smoothing
         return losses.masked_fill_(~counted, 0).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, places, counted, top, sums = ctx.saved_tensors
+        logits, places, counted, own, sums = ctx.saved_tensors
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        weight = (grad * counted).to(top.dtype)  # [n]
-        scale = weight / sums
+        weight = (grad * counted).to(sums.dtype)  # [n]
+        scale = weight * (own / sums)
         held = (places >= 0) * weight * (1 - ctx.smoothing)
-        for rows, block in _blocks(logits, top.dtype, out):
-            torch.sub(logits[rows], top[rows, None], out=block)
-            block.exp_().mul_(scale[rows, None])
+        nothing = own == 0  # all of its columns are -inf here, and torch's softmax of them is not a number
+        some = bool(nothing.any())
+        for rows, block in _softmax(torch.softmax, logits, out):
+            block.mul_(scale[rows, None])
+            if some:
+                block.masked_fill_(nothing[rows, None], 0)
             if ctx.smoothing:
                 block.sub_(weight[rows, None], alpha=ctx.smoothing / ctx.total)
             block.scatter_add_(-1, places[rows, None].clamp(min=0), -held[rows, None])
