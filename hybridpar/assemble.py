@@ -16,7 +16,7 @@ from torch import nn
 from hybridpar.engine import Named, ParallelModel
 from hybridpar.loss import LossFunction, WeightedLoss
 from hybridpar.pipeline.executor import Executor
-from hybridpar.pipeline.partition import partition
+from hybridpar.pipeline.partition import level, partition
 from hybridpar.pipeline.schedule import build, read
 from hybridpar.pipeline.ties import Tie, Ties
 from hybridpar.seeds import Draw
@@ -66,7 +66,7 @@ def parallelize(
         build(schedule, 1, 1, chunks)  # refuses here what it would refuse on many ranks
         schedule, chunks = "1f1b", 1  # one rank, one stage
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
-    bounds, weights = _bounds(module, len(homes), mesh, chain, stages, costs, example)
+    bounds, weights = _bounds(module, homes, mesh, chain, stages, costs, example)
     draw = Draw(mesh.seed)
     plan = plan if plan is not None else getattr(module, "tensor_plan", {})
     applied = apply(module, plan, mesh.tensor, draw, sequence)
@@ -117,7 +117,7 @@ def _hash(t: torch.Tensor) -> int:
 
 def _bounds(
     module: nn.Module,
-    count: int,
+    homes: Sequence[int],
     mesh: World,
     chain: Sequence[str] | None,
     stages: Sequence[int] | None,
@@ -125,6 +125,7 @@ def _bounds(
     example: Any,
 ) -> tuple[tuple[int, ...], list[float]]:
     """Where each stage begins among the parts of the chain, with the end; and what each part costs."""
+    count = len(homes)
     if count == 1:
         return (0, 1), [1.0]
     parts = units(module, chain)
@@ -144,7 +145,8 @@ def _bounds(
         found = mesh.everyone.objects(measured_costs(parts, example) if mesh.rank == 0 else None)[0]
     else:
         found = estimated_costs(parts)
-    return tuple(partition(found, count)), found
+    exact = partition(found, count)
+    return (level(found, exact, homes) if count > mesh.pipeline.size else exact), found
 
 
 Owner = tuple[int, str]  # the first stage that uses a parameter, and the parameter's name

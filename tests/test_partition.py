@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridpar.pipeline.partition import partition
+from hybridpar.pipeline.partition import level, partition
 
 
 def seconds(costs: list[int], cut: tuple[int, ...], speeds: list[int]) -> list[float]:
@@ -69,3 +69,23 @@ def test_a_slow_rank_gets_one_layer_even_where_more_before_it_costs_less():
 def test_what_cannot_be_cut_is_refused_in_a_sentence(arguments: tuple, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
         partition(*arguments)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=6, max_size=14), st.integers(2, 3), st.integers(1, 2))
+def test_leveling_never_makes_the_busiest_rank_busier(costs: list[float], ranks: int, chunks: int) -> None:
+    homes = list(range(ranks)) * chunks
+    cut = partition(costs, len(homes))
+    leveled = level(costs, cut, homes)
+    assert [leveled[0], leveled[-1]] == [0, len(costs)] and all(a < b for a, b in zip(leveled, leveled[1:]))
+
+    def busiest(cut: tuple[int, ...]) -> float:
+        stages = [sum(costs[a:b]) for a, b in zip(cut, cut[1:])]
+        return max(sum(s for s, h in zip(stages, homes) if h == home) for home in homes)
+
+    assert busiest(leveled) <= busiest(cut) * (1 + 1e-12)
+
+
+def test_a_head_that_weighs_two_blocks_is_not_put_on_the_busier_rank() -> None:
+    costs = [0.0, *[1.0] * 8, 1.9]
+    leveled = level(costs, partition(costs, 6), [0, 1] * 3)
+    assert sum(costs[leveled[4] : leveled[5]] + costs[leveled[2] : leveled[3]] + costs[leveled[0] : leveled[1]]) == 5

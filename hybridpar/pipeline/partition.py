@@ -12,7 +12,7 @@ The problem is that of Pinar and Aykanat 2004, https://doi.org/10.1016/j.jpdc.20
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from math import inf, isfinite
 
 
@@ -46,6 +46,36 @@ def partition(costs: Sequence[float], stages: int, speeds: Sequence[float] | Non
         return best + (stage / limit) ** 2 if limit else best
 
     return _best(len(costs), stages, seconds, unevenness, limit)
+
+
+def level(costs: Sequence[float], cut: Sequence[int], homes: Sequence[int]) -> tuple[int, ...]:
+    """`cut`, moved so that the ranks are as evenly busy as its neighbours allow; `homes[s]` is the rank of stage s.
+
+    The least slowest stage says nothing of a rank that holds several. One boundary after another, alone or with those
+    that follow it, moves by one place while that makes the busiest rank less busy, or, if it stays as busy, the
+    slowest stage shorter or the stages more even. With one stage per rank the exact cut stays as it is.
+
+    Example:
+        >>> level([1, 1, 1, 1, 2, 2], (0, 2, 4, 5, 6), homes=[0, 1, 0, 1])
+        (0, 2, 4, 5, 6)
+        >>> level([1, 1, 1, 1, 1, 1, 3], (0, 1, 3, 6, 7), homes=[0, 1, 0, 1])
+        (0, 2, 4, 6, 7)
+    """
+    prefix = list(accumulate(costs, initial=0))
+
+    def badness(cut: Sequence[int]) -> tuple[float, float, float]:
+        stages = [prefix[b] - prefix[a] for a, b in zip(cut, cut[1:])]
+        busy = {home: sum(s for s, h in zip(stages, homes) if h == home) for home in homes}
+        return max(busy.values()), max(stages), sum(s * s for s in stages)
+
+    best, improved = tuple(cut), True
+    while improved:
+        improved = False
+        for first, last, step in product(range(1, len(cut) - 1), range(1, len(cut) - 1), (-1, 1)):
+            moved = tuple(b + step * (first <= i <= last) for i, b in enumerate(best))
+            if all(a < b for a, b in zip(moved, moved[1:])) and badness(moved) < badness(best):
+                best, improved = moved, True
+    return best
 
 
 def _best(

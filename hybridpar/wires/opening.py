@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from mpi4py import MPI
 
 from hybridpar.mesh import Mesh
 from hybridpar.wires.axis import Alone, Axis
+from hybridpar.wires.boot import idle_horovod
 from hybridpar.wires.mpi import MpiAxis
 from hybridpar.wires.world import World
 
@@ -58,7 +60,8 @@ def open_world(
 
 def _start_horovod(comm: MPI.Intracomm) -> None:
     horovod = _horovod()
-    horovod.init(comm=comm)
+    with idle_horovod() if comm.size == 1 else nullcontext():
+        horovod.init(comm=comm)
     if horovod.size() != comm.size:
         raise RuntimeError(
             f"Horovod sees a world of {horovod.size()} where the data axis has {comm.size} ranks: it was built "
