@@ -55,5 +55,6 @@ BARS = (
     Bar("data", LIMIT, 0.95),
     Bar("tensor", "dtensor", 1.7),
     Bar("pipeline", "torch-1f1b", 1.05),
+    Bar("interleaved", "torch-1f1b", 1.05),
     Bar("pipeline", LIMIT, 0.9, bubble=True),
 )
