@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.optim.model import Parallel
+from hybridpar.proof.point import listener
 from hybridpar.shard import Spec
 
 
@@ -47,6 +48,7 @@ def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) ->
         >>> norm = hp.clip_grad_norm_(model, max_norm=1.0)      # doctest: +SKIP
         >>> optimizer.step()                                    # doctest: +SKIP
     """
+    listener().clips(max_norm, norm_type)
     total = grad_norm(model, norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's formula, its 1e-6 included
     for chunk in model.chunks():
