@@ -1,0 +1,79 @@
+"""Which stored tensor is for which parameter: names with and without a base model's prefix, shared ones, lost ones.
+
+    the model                     what is stored                  prefix "model"
+    model.layers.0.w, head.w      model.layers.0.w, head.w        as they are
+    model.layers.0.w, head.w      layers.0.w                      put before: stored by the base model alone
+    layers.0.w                    model.layers.0.w, head.w        taken away: stored with a head, which is passed over
+
+Hugging Face models name the prefix in `base_model_prefix`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from hybridpar.fill.recipe import Recipes
+
+
+def resolve(recipes: Recipes, stored: Iterable[str], lenient: bool = False) -> dict[str, str]:
+    """{name of an entry: name of the stored tensor}, for all entries that a state dict has.
+
+    With `lenient` entries may be missing. ValueError names what is missing, else what the model does not have.
+    """
+    stored = list(stored)
+    renamed = {new: old for old, new in ((old, _renaming(recipes, stored)(old)) for old in stored) if new is not None}
+    found = {}
+    missing = []
+    for name, entry in recipes.entries.items():
+        known = next((other for other in recipes.also(name) if other in renamed), None)
+        if known is not None and entry.persistent:
+            found[name] = renamed[known]
+        elif entry.persistent and not _waived(recipes, name, "_keys_to_ignore_on_load_missing"):
+            missing.append(name)
+    if missing and not lenient:
+        raise ValueError(
+            f"{_several(missing)} of the model's {len(recipes.entries)} tensors missing in the weights, which have "
+            f"{_some(stored)}; weights=(weights, seed) would draw what is missing from a seed"
+        )
+    known_names = recipes.entries.keys() | recipes.aliases.keys()
+    unexpected = [
+        old
+        for new, old in renamed.items()
+        if new not in known_names and not _waived(recipes, old, "_keys_to_ignore_on_load_unexpected")
+    ]
+    if unexpected:
+        raise ValueError(
+            f"{_several(unexpected)} in the weights and not in the model, which has {_some(list(recipes.entries))}: "
+            "were they saved by another architecture, or quantised?"
+        )
+    return found
+
+
+def _renaming(recipes: Recipes, stored: list[str]) -> Callable[[str], str | None]:
+    """From a stored name to the model's; None for what belongs to another model around this one."""
+    prefix = getattr(recipes.root, "base_model_prefix", "")
+    begin = f"{prefix}." if isinstance(prefix, str) and prefix else None
+    if begin is None:
+        return lambda name: name
+    wanted = any(name.startswith(begin) for name in recipes.entries)
+    there = any(name.startswith(begin) for name in stored)
+    if wanted and not there:
+        mine = recipes.entries.keys() | recipes.aliases.keys()
+        return lambda name: name if name in mine else begin + name
+    if there and not wanted:
+        return lambda name: name.removeprefix(begin) if name.startswith(begin) else None
+    return lambda name: name
+
+
+def _waived(recipes: Recipes, name: str, attribute: str) -> bool:
+    """Whether a Hugging Face model says that `name` may be missing, or superfluous."""
+    return any(re.search(pattern, name) for pattern in getattr(recipes.root, attribute, None) or ())
+
+
+def _several(names: list[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", .. ({len(names)} in all)" if len(names) > 3 else "") if names else "nothing"
