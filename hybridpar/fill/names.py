@@ -5,12 +5,13 @@
     model.layers.0.w, head.w      layers.0.w                      put before: stored by the base model alone
     layers.0.w                    model.layers.0.w, head.w        taken away: stored with a head, which is passed over
 
-Hugging Face models name the prefix in `base_model_prefix`.
+Hugging Face models name the prefix in `base_model_prefix`, and transformers knows the names of older formats.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 
 from hybridpar.fill.recipe import Recipes
@@ -21,8 +22,9 @@ def resolve(recipes: Recipes, stored: Iterable[str], lenient: bool = False) -> d
 
     With `lenient` entries may be missing. ValueError names what is missing, else what the model does not have.
     """
-    stored = list(stored)
-    renamed = {new: old for old, new in ((old, _renaming(recipes, stored)(old)) for old in stored) if new is not None}
+    modern = _modernised(recipes, list(stored))
+    prefixed = _prefixing(recipes, modern.values())
+    renamed = {name: old for old, new in modern.items() if (name := prefixed(new)) is not None}
     found = {}
     missing = []
     for name, entry in recipes.entries.items():
@@ -34,13 +36,13 @@ def resolve(recipes: Recipes, stored: Iterable[str], lenient: bool = False) -> d
     if missing and not lenient:
         raise ValueError(
             f"{_several(missing)} of the model's {len(recipes.entries)} tensors missing in the weights, which have "
-            f"{_some(stored)}; weights=(weights, seed) would draw what is missing from a seed"
+            f"{_some(list(modern))}; weights=(weights, seed) would draw what is missing from a seed"
         )
-    known_names = recipes.entries.keys() | recipes.aliases.keys()
+    mine = recipes.entries.keys() | recipes.aliases.keys()
     unexpected = [
         old
         for new, old in renamed.items()
-        if new not in known_names and not _waived(recipes, old, "_keys_to_ignore_on_load_unexpected")
+        if new not in mine and not _waived(recipes, old, "_keys_to_ignore_on_load_unexpected")
     ]
     if unexpected:
         raise ValueError(
@@ -50,7 +52,32 @@ def resolve(recipes: Recipes, stored: Iterable[str], lenient: bool = False) -> d
     return found
 
 
-def _renaming(recipes: Recipes, stored: list[str]) -> Callable[[str], str | None]:
+def _modernised(recipes: Recipes, stored: list[str]) -> dict[str, str]:
+    """{stored name: the name that transformers gives it when it loads it}, where the model is one of its.
+
+    It is asked only where it is running, so nothing is imported. ValueError for what it does not merely rename.
+    """
+    mapping, loading = (
+        sys.modules.get(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading")
+    )
+    known = recipes.entries.keys() | recipes.aliases.keys()
+    if not hasattr(recipes.root, "base_model_prefix") or mapping is None or loading is None:
+        return {name: name for name in stored}
+    steps = mapping.get_model_conversion_mapping(recipes.root)
+    renaming = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+    others = [step for step in steps if not isinstance(step, loading.WeightRenaming)]
+    found = {}
+    for old in stored:
+        found[old] = old if old in known else loading.apply_renamings(old, renaming)
+        if found[old] not in known and loading.apply_converters(found[old], others)[1] is not None:
+            raise ValueError(
+                f"{old} is stored in a form that transformers converts as it loads, and slices cannot be: load the "
+                "model with from_pretrained on one host, and save or give its state_dict()"
+            )
+    return found
+
+
+def _prefixing(recipes: Recipes, stored: Iterable[str]) -> Callable[[str], str | None]:
     """From a stored name to the model's; None for what belongs to another model around this one."""
     prefix = getattr(recipes.root, "base_model_prefix", "")
     begin = f"{prefix}." if isinstance(prefix, str) and prefix else None

@@ -79,8 +79,13 @@ class Recipes:
 def record(module: nn.Module) -> Recipes:
     """Remember how to build each leaf of `module` again; called before anything is cut.
 
-    Raises ValueError for lazy modules, whose shapes nobody knows yet.
+    Raises ValueError for lazy modules, whose shapes nobody knows yet, and under torch.device("meta").
     """
+    if torch.get_default_device().type == "meta":
+        raise ValueError(
+            'hp.parallelize is called under torch.device("meta"), where new tensors have no values: call it after the '
+            "`with` in which the module is built"
+        )
     copies: dict[int, nn.Module | Tensor] = {}
     root = _copied(module, copies)
     entries: dict[str, Entry] = {}

@@ -138,12 +138,16 @@ class GPT(nn.Module):
         self.embed = Embed(vocabulary, context, width, dropout)
         self.blocks = nn.ModuleList(Block(width, heads, kv_heads or heads, dropout) for _ in range(depth))
         self.head = Head(width, vocabulary)
+        self.reset_parameters()
+        if tied:
+            self.head.project.weight = self.embed.token.weight
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, from a normal distribution."""
         self.apply(_small)
         for block in self.blocks:  # residual paths add up: each starts smaller (Radford et al. 2019, section 2.3)
             for last in (block.attention.out, block.mlp.down):
-                nn.init.normal_(last.weight, std=0.02 * (2 * depth) ** -0.5)
-        if tied:
-            self.head.project.weight = self.embed.token.weight
+                nn.init.normal_(last.weight, std=0.02 * (2 * len(self.blocks)) ** -0.5)
 
     def forward(self, ids: Tensor) -> Tensor:  # [b, l] -> [b, l, v]
         x = self.embed(ids)
