@@ -5,9 +5,12 @@
     style             the module becomes                           input -> output, under sequence parallelism
     column            ColumnLinear                                 piece of the tokens -> all tokens, own features
     row               RowLinear                                    all tokens, own features -> piece of the tokens
+    packed column     ColumnLinear, of each half of the outputs    all tokens -> all tokens, own features of each half
+    gathered          WholeLinear                                  all tokens -> all tokens, all features
     vocabulary        VocabularyEmbedding                          all ids -> piece of the tokens
     sequence          SequenceEmbedding                            all ids -> piece of the tokens
     attention         itself, with this index's heads              piece of the tokens -> piece of the tokens
+    heads             the same for code of other people            all tokens -> all tokens
     norm              itself                                       piece of the tokens -> piece of the tokens
     dropout           Dropout                                      piece of the tokens -> piece of the tokens
     hidden dropout    Dropout between column and row layer         own features -> own features
@@ -15,7 +18,7 @@
     whole             itself                                       all tokens -> all tokens
 
 A `*` stands for one component of a dotted name, or a part of one; the first pattern that fits a module counts.
-Modules without an entry stay as they are and are reported; but every nn.Dropout becomes one whose masks do not depend
+"heads" and "gathered" do not go with sequence parallelism. Modules without an entry stay as they are and are reported; but every nn.Dropout becomes one whose masks do not depend
 on the layout.
 """
 
@@ -30,7 +33,7 @@ from torch import nn
 
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
-from hybridpar.tensor import attention, norm
+from hybridpar.tensor import attention, heads, norm
 from hybridpar.tensor.dropout import Dropout, restart
 from hybridpar.tensor.sequence import Sequence
 from hybridpar.tensor.styles import STYLES, Layer, Site, build
@@ -87,12 +90,14 @@ def apply(
     rename = _renamer(names or {})
     modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
     styles = _match(plan, list(modules), everything=names is None)
+    styles |= _seeing_heads({name: child for name, (_, child) in modules.items()}, styles)
     _refuse({name: child for name, (_, child) in modules.items()}, styles, sequence)
     ties = _ties(module)
     _replace(module, modules, styles, axis, draw, Sequence(axis, draw) if sequence else None)
     specs = _specs(module, styles, rename, sequence)
     tied = _tie(module, ties, specs, rename)
-    columns = {name: specs[f"{name}.weight"] for name, style in styles.items() if style == "column"}
+    found = {name: specs[f"{name}.weight"] for name, style in styles.items() if style == "column"}
+    columns = {name: spec for name, spec in found.items() if spec.dim == 0}
     called = _watch({name: module.get_submodule(modules[name][0]) for name in styles}, styles)
     specs = {name: spec for name, spec in specs.items() if name not in tied}
     return Applied(specs, tied, _replicated(module, styles, rename), columns, called)
@@ -166,6 +171,12 @@ def _beside(styles: Mapping[str, str], name: str) -> set[str]:
     """The styles of the modules with the same parent."""
     above = name.rpartition(".")[0]
     return {style for other, style in styles.items() if other.rpartition(".")[0] == above}
+
+
+def _seeing_heads(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> dict[str, str]:
+    """The styles of what works on single heads inside modules of style "heads"."""
+    cut = [name for name, style in styles.items() if style == "heads"]
+    return {f"{name}.{inner}": "partial" for name in cut for inner in heads.read(modules[name], name).partial}
 
 
 def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequence: bool) -> None:
@@ -261,7 +272,7 @@ def _replicated(
 
 def _watch(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> list[str]:
     """The name of the cut layer called last, kept up to date by hooks; at first the one registered last."""
-    cut = [name for name in modules if styles[name] in ("column", "row", "attention")]
+    cut = [name for name in modules if styles[name] in ("column", "row", "gathered", "attention", "heads")]
     called = cut[-1:]
     for name in cut:
         modules[name].register_forward_hook(lambda *_, name=name: called.__setitem__(0, name))

@@ -12,14 +12,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybridpar.seeds import Draw
-from hybridpar.tensor import attention, norm
+from hybridpar.tensor import attention, heads, norm
 from hybridpar.tensor.dropout import Cut, Dropout, Held
 from hybridpar.tensor.embedding import SequenceEmbedding, VocabularyEmbedding
-from hybridpar.tensor.linear import ColumnLinear, RowLinear
+from hybridpar.tensor.linear import ColumnLinear, RowLinear, WholeLinear, packed
+from hybridpar.tensor.gates import checked
+from hybridpar.tensor.recurrent import Recurrent
 from hybridpar.tensor.sequence import Sequence
 from hybridpar.wires.axis import Axis
 
-Layer = ColumnLinear | RowLinear | VocabularyEmbedding | SequenceEmbedding  # those with specs of their own
+# Those with specs of their own.
+Layer = (
+    ColumnLinear
+    | RowLinear
+    | WholeLinear
+    | heads.HeadEmbedding
+    | VocabularyEmbedding
+    | SequenceEmbedding
+    | Recurrent
+)
 Channels = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
 
 
@@ -53,6 +64,23 @@ def _row(site: Site) -> nn.Module:
     return RowLinear(site.module, site.axis, sequence=site.sequence, name=site.name)
 
 
+def _packed(site: Site) -> nn.Module:
+    return ColumnLinear(site.module, site.axis, packed(site.module, site.axis, site.name), site.sequence, site.name)
+
+
+def _gathered(site: Site) -> nn.Module:
+    if site.sequence is not None:
+        raise ValueError(f'{site.name}: style "gathered" does not go with sequence parallelism; use "column"')
+    return WholeLinear(site.module, site.axis, site.name)
+
+
+def _heads(site: Site) -> nn.Module:
+    if site.sequence is not None:
+        raise ValueError(f'{site.name}: style "heads" does not go with sequence parallelism; use "attention"')
+    heads.shard(site.module, site.axis, site.draw, site.name)
+    return site.module
+
+
 def _vocabulary(site: Site) -> nn.Module:
     return VocabularyEmbedding(site.module, site.axis, site.sequence, site.name)
 
@@ -69,6 +97,14 @@ def _attention(site: Site) -> nn.Module:
 def _norm(site: Site) -> nn.Module:
     norm.check(site.module, site.sequence is not None, site.name)
     return site.module
+
+
+def _recurrent(site: Site) -> nn.Module:
+    if site.axis.size == 1 and not checked(site.module, 1, site.name).dropout:
+        return site.module  # torch's own: nothing is cut, and it draws nothing
+    made = Recurrent(site.module, site.axis, site.draw, site.name)
+    site.parent.register_forward_pre_hook(made.restart)
+    return made
 
 
 def _whole(site: Site) -> nn.Module:
@@ -103,12 +139,16 @@ def _masked(site: Site, cut: Cut | None) -> nn.Module:
 STYLES: dict[str, Callable[[Site], nn.Module]] = {
     "column": _column,
     "row": _row,
+    "packed column": _packed,
+    "gathered": _gathered,
     "vocabulary": _vocabulary,
     "sequence": _sequence,
     "attention": _attention,
+    "heads": _heads,
     "norm": _norm,
     "dropout": _dropout,
     "hidden dropout": _hidden_dropout,
+    "recurrent": _recurrent,
     "partial": _partial,
     "whole": _whole,
 }
