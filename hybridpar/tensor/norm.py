@@ -24,11 +24,12 @@ def check(module: nn.Module, sequence: bool, name: str) -> None:
 def spec(name: str, parameter: nn.Parameter, style: str | None, sequence: bool) -> Spec:
     """The spec of a parameter that every index holds as a whole, in a module of this style.
 
-    Its gradient is partial where the module sees a part only: "partial" says so always, "norm" under `sequence`.
+    Its gradient is partial where the module sees a part only: "partial" and "space" say so always, "norm" under
+    `sequence`.
 
     Example:
         >>> spec("norm.weight", nn.LayerNorm(4).weight, "norm", sequence=True).partial
         True
     """
-    partial = style == "partial" or (style == "norm" and sequence)
+    partial = style in ("partial", "space") or (style == "norm" and sequence)
     return Spec(name, tuple(parameter.shape), partial=partial)

@@ -16,6 +16,8 @@
     hidden dropout    Dropout between column and row layer         own features -> own features
     partial           itself, on this index's heads or features    own part -> own part
     whole             itself                                       all tokens -> all tokens
+    conv column, conv row, conv groups, conv norm                  the same for channels: see `conv`, `channels`
+    space             itself, and all below it, on rows            all rows -> all rows: see `space`
 
 A `*` stands for one component of a dotted name, or a part of one; the first pattern that fits a module counts.
 "heads" and "gathered" do not go with sequence parallelism. Modules without an entry stay as they are and are reported; but every nn.Dropout becomes one whose masks do not depend
@@ -33,10 +35,10 @@ from torch import nn
 
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
-from hybridpar.tensor import attention, heads, norm
+from hybridpar.tensor import attention, heads, norm, space
 from hybridpar.tensor.dropout import Dropout, restart
 from hybridpar.tensor.sequence import Sequence
-from hybridpar.tensor.styles import STYLES, Layer, Site, build
+from hybridpar.tensor.styles import STYLES, Channels, Layer, Site, build
 from hybridpar.wires.axis import Axis
 
 _DRAWS = nn.AlphaDropout | nn.FeatureAlphaDropout | nn.MultiheadAttention | nn.RNNBase | nn.RReLU
@@ -49,7 +51,8 @@ class Applied:
     `specs` has every parameter once, by its global name; `tied` gives for each other name of a tied parameter the one
     it has in `specs`. `replicated` lists (module, reason) for what the plan does not speak of. `columns` are the specs
     of the column layers' weights by layer, and `called` names the cut layer that was called last (at first, before any
-    call, the one registered last): modules need not be registered in the order in which they are called.
+    call, the one registered last): modules need not be registered in the order in which they are called. `buffers` has
+    the specs of those buffers that are cut.
     """
 
     specs: dict[str, Spec]
@@ -57,6 +60,7 @@ class Applied:
     replicated: tuple[tuple[str, str], ...] = ()
     columns: Mapping[str, Spec] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
+    buffers: Mapping[str, Spec] = field(default_factory=dict)
 
     @property
     def logits(self) -> Spec | None:
@@ -100,7 +104,7 @@ def apply(
     columns = {name: spec for name, spec in found.items() if spec.dim == 0}
     called = _watch({name: module.get_submodule(modules[name][0]) for name in styles}, styles)
     specs = {name: spec for name, spec in specs.items() if name not in tied}
-    return Applied(specs, tied, _replicated(module, styles, rename), columns, called)
+    return Applied(specs, tied, _replicated(module, styles, rename), columns, called, _buffers(module, rename))
 
 
 def _replace(
@@ -117,6 +121,8 @@ def _replace(
         local, child = modules[name]
         above, _, leaf = local.rpartition(".")
         parent = root.get_submodule(above)
+        if not local and styles.get(name) == "space":
+            space.shard(child, axis, name)
         if not local or getattr(parent, leaf) is not child:
             continue  # the root, or its parent has dealt with it
         if id(child) not in done:
@@ -187,6 +193,7 @@ def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequenc
         around = _style(name, styles)
         if styles.get(name) == "attention":
             attention.protocol(child, name)
+        _refuse_among_channels(name, child, styles)
         if not masks and not weights or name in styles and not (around == "attention" and weights):
             continue
         if around == "attention":
@@ -206,6 +213,22 @@ def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequenc
                 f"{name} has no entry in the tensor plan and stands beside a column and a row layer: it is "
                 f'"{between}" if it works between them, else "{"dropout" if masks else "norm"}"'
             )
+
+
+def _refuse_among_channels(name: str, child: nn.Module, styles: Mapping[str, str]) -> None:
+    """The same where channels or rows are cut: what has the wrong number of channels is found when it is called."""
+    if name in styles:
+        if name and _style(name.rpartition(".")[0], styles) == "space" and styles[name] != "dropout":
+            raise ValueError(f'{name} has the style "{styles[name]}" inside of a module of style "space": leave it out')
+        return
+    masks = isinstance(child, nn.Dropout | Channels) and child.p > 0
+    shared = isinstance(child, nn.PReLU) and child.num_parameters == 1
+    if (masks or shared) and {"conv column", "conv row"} <= _beside(styles, name):
+        between, after = ("hidden dropout", "dropout") if masks else ("partial", "whole")
+        raise ValueError(
+            f"{name} has no entry in the tensor plan and stands beside a column and a row convolution: it is "
+            f'"{between}" if it works between them, else "{after}"'
+        )
 
 
 def _ties(module: nn.Module) -> list[list[str]]:
@@ -228,6 +251,16 @@ def _specs(
             whole = norm.spec(leaf, parameter, _style(name, styles), sequence)
             spec = own.get(leaf, whole).renamed(name)
             specs[spec.name] = spec
+    return specs
+
+
+def _buffers(module: nn.Module, rename: Callable[[str], str]) -> dict[str, Spec]:
+    """The spec of every buffer that is cut, under each of its global names."""
+    specs = {}
+    for local, child in module.named_modules(remove_duplicate=False):
+        own = child.specs() if isinstance(child, Layer) else {}
+        cut = (spec.renamed(rename(local)) for name, spec in own.items() if name in child._buffers)
+        specs |= {spec.name: spec for spec in cut}
     return specs
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybridpar.seeds import Draw
-from hybridpar.tensor import attention, heads, norm
+from hybridpar.tensor import attention, heads, norm, space
+from hybridpar.tensor.channels import ChannelNorm
+from hybridpar.tensor.conv import ConvColumn, ConvGroups, ConvRow
 from hybridpar.tensor.dropout import Cut, Dropout, Held
 from hybridpar.tensor.embedding import SequenceEmbedding, VocabularyEmbedding
 from hybridpar.tensor.linear import ColumnLinear, RowLinear, WholeLinear, packed
@@ -30,6 +32,10 @@ Layer = (
     | VocabularyEmbedding
     | SequenceEmbedding
     | Recurrent
+    | ConvColumn
+    | ConvRow
+    | ConvGroups
+    | ChannelNorm
 )
 Channels = nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
 
@@ -120,13 +126,14 @@ def _dropout(site: Site) -> nn.Module:
 
 
 def _hidden_dropout(site: Site) -> nn.Module:
-    columns = [child for child in site.parent.children() if isinstance(child, ColumnLinear)]
+    columns = [child for child in site.parent.children() if isinstance(child, ColumnLinear | ConvColumn)]
     if len({column.parts for column in columns}) != 1:
         raise ValueError(
             f'{site.name}: style "hidden dropout" takes its cut from the column layers beside it, and there are '
             f"{len(columns)} of {len({column.parts for column in columns})} different cuts"
         )
-    return _masked(site, Held(-1, columns[0].parts[site.axis.index]))
+    dim = 1 if isinstance(columns[0], ConvColumn) else -1
+    return _masked(site, Held(dim, columns[0].parts[site.axis.index]))
 
 
 def _masked(site: Site, cut: Cut | None) -> nn.Module:
@@ -134,6 +141,27 @@ def _masked(site: Site, cut: Cut | None) -> nn.Module:
         raise ValueError(f'{site.name} is a {type(site.module).__name__} and style "dropout" is for nn.Dropout')
     channels = not isinstance(site.module, nn.Dropout)
     return Dropout(site.module.p, site.name, site.draw, cut, channels).train(site.module.training)
+
+
+def _conv_column(site: Site) -> nn.Module:
+    return ConvColumn(site.module, site.axis, site.name)
+
+
+def _conv_row(site: Site) -> nn.Module:
+    return ConvRow(site.module, site.axis, site.name)
+
+
+def _conv_groups(site: Site) -> nn.Module:
+    return ConvGroups(site.module, site.axis, site.name)
+
+
+def _conv_norm(site: Site) -> nn.Module:
+    return ChannelNorm(site.module, site.axis, site.name)
+
+
+def _space(site: Site) -> nn.Module:
+    space.shard(site.module, site.axis, site.name)
+    return site.module
 
 
 STYLES: dict[str, Callable[[Site], nn.Module]] = {
@@ -151,4 +179,9 @@ STYLES: dict[str, Callable[[Site], nn.Module]] = {
     "recurrent": _recurrent,
     "partial": _partial,
     "whole": _whole,
+    "conv column": _conv_column,
+    "conv row": _conv_row,
+    "conv groups": _conv_groups,
+    "conv norm": _conv_norm,
+    "space": _space,
 }
