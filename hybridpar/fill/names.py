@@ -35,7 +35,7 @@ def resolve(recipes: Recipes, stored: Iterable[str], lenient: bool = False) -> d
             missing.append(name)
     if missing and not lenient:
         raise ValueError(
-            f"{_several(missing)} of the model's {len(recipes.entries)} tensors missing in the weights, which have "
+            f"{_several(missing)} missing in the weights: the model has {len(recipes.entries)} tensors and they have "
             f"{_some(list(modern))}; weights=(weights, seed) would draw what is missing from a seed"
         )
     mine = recipes.entries.keys() | recipes.aliases.keys()
