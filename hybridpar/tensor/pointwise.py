@@ -1,9 +1,9 @@
 """Rules of a region for functions that move no rows: each works on the rows here alone.
 
-    elementwise    add, relu, ...        whole operands are narrowed to the rows here
-    by itself      softmax, linear, ...  must not work along the rows
-    shape          size, permute, ...    answers for the whole tensor
-    reductions     mean, sum             over the rows too, by a sum over the axis
+elementwise    add, relu, ...        whole operands are narrowed to the rows here
+by itself      softmax, linear, ...  must not work along the rows
+shape          size, permute, ...    answers for the whole tensor
+reductions     mean, sum             over the rows too, by a sum over the axis
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import Tensor
 from hybridpar.tensor.region import Region, Rows, Rule
 from hybridpar.tensor.rows import total
 
-ELEMENTWISE = (
-    "abs add addcdiv addcmul ceil clamp clamp_max clamp_min clone contiguous cos detach div double elu elu_ exp expm1 "
-    "float floor gelu half hardshrink hardsigmoid hardswish hardtanh hardtanh_ leaky_relu leaky_relu_ lerp log log1p "
-    "logsigmoid masked_fill maximum mish minimum mul neg negative nan_to_num bfloat16 ones_like empty_like full_like "
-    "pow prelu reciprocal relu relu6 relu_ round rsqrt selu selu_ sigmoid sign silu sin softplus softshrink softsign "
-    "sqrt square sub subtract multiply tanh tanhshrink threshold threshold_ to type type_as where zeros_like celu celu_ "
-    "true_divide logit erf log2 eq ne lt le gt ge isnan isfinite logical_and logical_or logical_not bitwise_and "
-    "bitwise_or cuda cpu requires_grad_ identity "
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __pow__ __rpow__ "
-    "__neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __invert__ glu"
-).split()
-IN_PLACE = "add_ sub_ mul_ div_ clamp_ sigmoid_ tanh_ silu_ __iadd__ __isub__ __imul__ __itruediv__".split()
-ASKED = (
-    "dim ndim ndimension dtype device requires_grad is_floating_point is_cuda is_cpu layout is_sparse is_quantized "
-    "grad_fn is_leaf is_contiguous element_size is_complex is_nested is_meta __hash__ __bool__ itemsize is_mkldnn"
-).split()
-DRAWING = (
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout bernoulli bernoulli_ rand "
-    "randn randint randperm normal normal_ uniform_ rand_like randn_like rrelu multinomial"
-).split()
+# Names of torch's functions, methods and operators.
+ELEMENTWISE = """
+    abs add addcdiv addcmul bfloat16 bitwise_and bitwise_or ceil celu celu_ clamp clamp_max clamp_min clone contiguous
+    cos cpu cuda detach div double elu elu_ empty_like eq erf exp expm1 float floor full_like ge gelu glu gt half
+    hardshrink hardsigmoid hardswish hardtanh hardtanh_ isfinite isnan le leaky_relu leaky_relu_ lerp log log1p log2
+    logical_and logical_not logical_or logit logsigmoid lt masked_fill maximum minimum mish mul multiply nan_to_num ne
+    neg negative ones_like pow prelu reciprocal relu relu6 relu_ requires_grad_ round rsqrt selu selu_ sigmoid sign silu
+    sin softplus softshrink softsign sqrt square sub subtract tanh tanhshrink threshold threshold_ to true_divide type
+    type_as where zeros_like __abs__ __add__ __and__ __div__ __eq__ __ge__ __gt__ __invert__ __le__ __lt__ __mul__
+    __ne__ __neg__ __or__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__ __truediv__
+"""
+IN_PLACE = "add_ clamp_ div_ mul_ sigmoid_ silu_ sub_ tanh_ __iadd__ __imul__ __isub__ __itruediv__"
+ASKED = """
+    device dim dtype element_size grad_fn is_complex is_contiguous is_cpu is_cuda is_floating_point is_leaf is_meta
+    is_mkldnn is_nested is_quantized is_sparse itemsize layout ndim ndimension requires_grad __hash__
+"""
+DRAWING = """
+    alpha_dropout bernoulli bernoulli_ dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout
+    multinomial normal normal_ rand rand_like randint randn randn_like randperm rrelu uniform_
+"""
 
 
 def elementwise(region: Region, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -191,11 +191,11 @@ def _dim(args: tuple, kwargs: dict[str, Any], place: int, default: int, x: Tenso
 
 
 POINTWISE: dict[str, Rule] = (
-    dict.fromkeys(ELEMENTWISE, elementwise)
-    | dict.fromkeys(IN_PLACE, in_place)
-    | dict.fromkeys(ASKED, asked)
-    | dict.fromkeys(DRAWING, drawing)
-    | {f"whole {name}": drawing for name in DRAWING}
+    dict.fromkeys(ELEMENTWISE.split(), elementwise)
+    | dict.fromkeys(IN_PLACE.split(), in_place)
+    | dict.fromkeys(ASKED.split(), asked)
+    | dict.fromkeys(DRAWING.split(), drawing)
+    | {f"whole {name}": drawing for name in DRAWING.split()}
     | dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"), fresh)
     | dict.fromkeys(("chunk", "split", "softmax", "log_softmax", "unsafe_chunk"), pieces)
     | dict.fromkeys(("cat", "concat", "concatenate"), cat)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -138,7 +137,9 @@ class Region(TorchFunctionMode):
     def refuse(self, what: str) -> NoReturn:
         """Raise, naming the module at hand."""
         at = self._inside[-1] if self._inside else self.name
-        raise ValueError(f'{at or "the model itself"}: {what} is not known to style "space"; leave it out of the region')
+        raise ValueError(
+            f'{at or "the model itself"}: {what} is not known to style "space"; leave it out of the region'
+        )
 
     # ---- in and out
 

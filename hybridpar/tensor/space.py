@@ -2,21 +2,23 @@
 
     x [b, c, h, ..]  ->  rows of x here  ->  the module's forward, halos exchanged  ->  all rows of its output
 
-Parameters are whole on each index; their gradients are summed over the axis. `region` runs the forward, `pointwise`,
-`spatial` and `statistics` know torch's functions.
+Parameters are whole on each index; their gradients are summed over the axis. `region` runs the forward; `pointwise`,
+`convolution`, `pooling`, `resampling` and `statistics` know torch's functions.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from hybridpar.tensor.convolution import CONVOLUTIONS
 from hybridpar.tensor.pointwise import POINTWISE
+from hybridpar.tensor.pooling import POOLS
 from hybridpar.tensor.region import Region, Rule
-from hybridpar.tensor.spatial import SPATIAL
+from hybridpar.tensor.resampling import RESAMPLING
 from hybridpar.tensor.statistics import STATISTICS
 from hybridpar.wires.axis import Axis
 
-RULES: dict[str, Rule] = POINTWISE | SPATIAL | STATISTICS
+RULES: dict[str, Rule] = POINTWISE | CONVOLUTIONS | POOLS | RESAMPLING | STATISTICS
 
 _UNKNOWN = (
     nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | nn.Transformer | nn.Fold | nn.Unfold | nn.MaxUnpool1d
@@ -55,5 +57,6 @@ def shard(module: nn.Module, axis: Axis, name: str = "region") -> None:
         raise ValueError(f"{reason}; give the style to a module without it")
     for local, child in module.named_modules():
         if "forward" in vars(child):
-            raise ValueError(f"{'.'.join(filter(None, (name, local)))}: a region within the region {name} cannot be cut again")
+            full = ".".join(filter(None, (name, local)))
+            raise ValueError(f'{full} has the style "space" already, and so {name} cannot have it around it')
     module.forward = Region(module, axis, RULES, name).run

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from hybridpar.shard import balanced
 from hybridpar.tensor.pointwise import bound, whole_shape
+from hybridpar.tensor.reading import alone
 from hybridpar.tensor.region import Region, Rows, Rule
-from hybridpar.tensor.spatial import alone
 from hybridpar.wires.axis import Axis
 
 
@@ -177,5 +177,10 @@ def _run(statistic: Tensor | None, now: Tensor, momentum: float) -> None:
 
 STATISTICS: dict[str, Rule] = {
     name: alone(rule)
-    for name, rule in (("batch_norm", _batch), ("instance_norm", _instance), ("group_norm", _group), ("layer_norm", _layer))
+    for name, rule in (
+        ("batch_norm", _batch),
+        ("instance_norm", _instance),
+        ("group_norm", _group),
+        ("layer_norm", _layer),
+    )
 }

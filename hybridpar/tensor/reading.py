@@ -1,0 +1,75 @@
+"""Rules of a region that move rows: what they share.
+
+    rows here -> fetch the rows that this index's outputs read (their halo) -> torch's own function, unpadded there
+
+Padding that is zeros (for a maximum: -inf) is filled in by the fetch; an index that has no output row still takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from hybridpar.shard import balanced
+from hybridpar.tensor.halo import Ranges, Spread, Window, trade
+from hybridpar.tensor.region import Region, Rows, Rule
+from hybridpar.tensor.rows import fetch
+
+
+def alone(rule: Rule, to_one: bool = False) -> Rule:
+    """`rule`, or on an axis of size 1 torch's function itself; `to_one` says that one row is a whole result."""
+
+    @wraps(rule)
+    def either(region: Region, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if region.axis.size > 1:
+            return rule(region, func, args, kwargs)
+        rows, out = region.same((args, kwargs)), func(*args, **kwargs)
+        if out.dim() < -rows.dim or to_one and out.shape[rows.dim] == 1:
+            return region.whole(out)
+        return region.cut(out, Rows(rows.dim, out.shape[rows.dim]))
+
+    return either
+
+
+def wanted(region: Region, x: Tensor, rows: Rows, reads: tuple[Ranges, ...], fill: float = 0.0) -> Tensor:
+    """The rows `reads[index]` of `x`."""
+    return fetch(x, x.dim() + rows.dim, trade(rows.length, reads, region.axis.index), region.axis, fill)
+
+
+def place(region: Region, x: Tensor, rows: Rows, dims: int) -> int:
+    """Which of the spatial `dims` is cut."""
+    if x.dim() != dims + 2 or x.dim() + rows.dim < 2:
+        region.refuse(f"{dims}-d work on a tensor of {x.dim()} dims cut along dim {x.dim() + rows.dim}")
+    return dims + rows.dim
+
+
+def nothing(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> Tensor:
+    """A result without rows that the backward pass still comes through, since peers wait for this index there."""
+    none = x.sum() * 0
+    for p in parameters:
+        none = none if p is None else none + p.sum() * 0
+    return none.expand(*shape)
+
+
+def none_here(region: Region, length: int) -> bool:
+    first, stop = balanced(length, region.axis.size)[region.axis.index]
+    return first == stop
+
+
+def check_some(region: Region, length: int, rows: Rows, window: Window | Spread) -> None:
+    if length < 1:
+        region.refuse(f"a window of {window.span} rows (padding {window.padding}) on {rows.length} rows")
+
+
+def each(value: Any, n: int) -> tuple:
+    """One value for each of n dims."""
+    if value is None or isinstance(value, int | float):
+        return (value,) * n
+    return tuple(value) * (n if len(value) == 1 else 1)
+
+
+def without(values: tuple, at: int) -> tuple:
+    return (*values[:at], 0, *values[at + 1 :])
