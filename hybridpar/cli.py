@@ -78,6 +78,59 @@ def run(
 
 
 @main.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog=f"""{EXAMPLES}
+  hybridpar verify --tensor 2 examples/digits_hybrid.py
+  hybridpar verify -np 8 --tensor 2 --pipeline 2 train.py --batch 64
+  hybridpar verify --pipeline 2 --data 2 --steps 1 --json train.py | jq .sentence
+""",
+)
+@click.option("-np", "ranks", type=int, help="How many ranks to start; the product of the degrees if left out.")
+@click.option("--tensor", type=int, help="Ranks along the tensor axis.")
+@click.option("--pipeline", type=int, help="Ranks along the pipeline axis.")
+@click.option("--data", type=int, help="Ranks along the data axis; the rest if left out.")
+@click.option("--carrier", type=click.Choice(["mpi", "gloo", "nccl"]), help="What carries tensors between ranks.")
+@click.option("--steps", type=int, default=3, show_default=True, help="Training steps to compare.")
+@click.option("--fp64/--no-fp64", "double", default=True, help="Also run it in fp64, which tells bugs from rounding.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def verify(
+    ranks: int | None,
+    tensor: int | None,
+    pipeline: int | None,
+    data: int | None,
+    carrier: str | None,
+    steps: int,
+    double: bool,
+    as_json: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Prove that the first training steps of SCRIPT on a mesh equal one process in plain PyTorch.
+
+    Where they do not it names the first step, module, microbatch and rank that differ, and the likely cause. What the
+    script prints goes to stderr. The exit code is 0 if equal, 1 if not, 2 for wrong use.
+    """
+    from rich.console import Console
+
+    from hybridpar.install.probe import prefix, scripts
+    from hybridpar.proof import job
+    from hybridpar.proof.table import show
+
+    with _said():
+        report = job.start(
+            script, arguments, os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)), ranks=ranks,
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, steps=steps, double=double,
+        )  # fmt: skip
+    if as_json:
+        click.echo(report.as_json())
+    else:
+        show(report, Console())
+    sys.exit(0 if report.equal else 1)
+
+
+@main.command(
     epilog=f"""{EXAMPLES}
   hybridpar doctor
   hybridpar doctor -np 4

@@ -1,0 +1,330 @@
+"""Looks at the step that differs again, and collects the facts from which `causes` tells the cause. All ranks together.
+
+The reference is trained up to the step, and asked for more there: the gradient of each microbatch alone, the uses of a
+tied parameter apart, and what every module gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridpar.global_view import take
+from hybridpar.proof.causes import Divergence, Facts, Fit, Mask, Part
+from hybridpar.proof.compare import GRADIENTS, LOSS, START, WEIGHTS, fed, largest, reference, shared, spec_of
+from hybridpar.proof.compare import reference_start as starts
+from hybridpar.proof.recorder import Recorder
+from hybridpar.proof.reference import Fed, Reference
+from hybridpar.proof.report import Difference
+from hybridpar.proof.watch import Seen, Watch, checksum, part
+
+_MOST_NAMES = 12  # parameters whose gradients are taken apart
+_MOST_ELEMENTS = 1 << 22
+_TINY = 1e-300
+
+
+def facts(recorder: Recorder, differences: Sequence[Difference], one: Difference) -> Facts:
+    """What is known about `one`, the first of `differences`; `recorder` has watched its step."""
+    world, step = recorder.model.world, recorder.records[one.step]
+    wrong = _wrong(differences, one, world.everyone.size)
+    names = _names(recorder, wrong, one.name)
+    ref = _Asked(recorder, fed(recorder), one, names) if world.rank == 0 else None
+    told = world.everyone.objects(None if ref is None else ref.told)[0]
+    mesh = world.mesh
+    places = [mesh.place(rank) for rank in range(mesh.size)]
+    common: dict[str, Any] = {
+        "kind": one.kind,
+        "name": one.name,
+        "rank": one.rank,
+        "degrees": (mesh.data, mesh.pipeline, mesh.tensor),
+        "places": [(p.data, p.pipeline, p.tensor) for p in places],
+        "wrong": wrong,
+        "held": world.everyone.objects(len([*recorder.model.named_parameters()])),
+        "loss": step.loss,
+        **told,
+    }
+    if one.kind == START:
+        common["moved"] = _moved(recorder, wrong[world.rank], starts(recorder) if world.rank == 0 else {})
+    if one.kind in (LOSS, GRADIENTS):
+        common["divergence"] = _divergence(recorder, ref, one)
+        common["masks"] = _masks(recorder, ref)
+    if one.kind == GRADIENTS:
+        whole = shared(world, ref.gradients if ref else {})
+        shares = [shared(world, ref.shares[m] if ref else {}) for m in range(len(told["parts"]))]
+        common["fits"] = world.everyone.objects(_fit(recorder, step.gradients, wrong[world.rank], shares))
+        common["totals"] = _totals(recorder, step.gradients, one.name, whole)
+        common["uses"] = _uses(recorder, step.gradients, one.name, shared(world, ref.uses if ref else {}))
+    if one.kind == WEIGHTS:
+        common |= _stepping(recorder, one, shared(world, ref.updates if ref else {}), wrong)
+    return Facts(**common)
+
+
+class _Asked:
+    """The reference in the step of the difference, on rank 0."""
+
+    def __init__(self, recorder: Recorder, feeding: Sequence[Fed], one: Difference, names: Sequence[str]) -> None:
+        ref = reference(recorder)
+        for earlier in feeding[: one.step]:
+            ref.step(earlier)
+        here = feeding[one.step]
+        before = {n: p.detach().cpu().clone() for n, p in ref.parameters().items()}
+        self.shares = ref.shares(here, names) if one.kind == GRADIENTS else []
+        self.uses = ref.uses(here, one.name) if one.kind == GRADIENTS else {}
+        self.watch = Watch(ref.draw)
+        result = ref.step(here, self.watch)
+        self.gradients = {one.name: result.gradients[one.name]} if one.kind == GRADIENTS else {}
+        # What the optimizer should have changed, and where it began.
+        self.updates = {f"{n}\0after": result.weights[n] for n in names if n in result.weights}
+        self.updates |= {f"{n}\0before": before[n] for n in names}
+        self.told = {
+            "parts": [Part(m.replica, m.counted, m.loss) for m in result.micros],
+            "reference_loss": result.loss,
+            "use_names": [*self.uses],
+            "random": _random(ref, here),
+        }
+
+
+def _random(ref: Reference, here: Fed) -> bool:
+    """Whether the module gives something else with other numbers from torch's generator."""
+    values = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            values.append(float(ref._forward(here, None)[0]))
+    return values[0] != values[1]
+
+
+def _wrong(differences: Sequence[Difference], one: Difference, size: int) -> list[list[str]]:
+    found: list[list[str]] = [[] for _ in range(size)]
+    for other in differences:
+        if other.order == one.order and not other.excess <= 1:
+            found[other.rank].append(other.name)
+    return found
+
+
+def _names(recorder: Recorder, wrong: Sequence[Sequence[str]], first: str) -> list[str]:
+    """Some of the names that differ, of every rank, small ones first; the same on all ranks."""
+    specs, chosen = recorder.model._applied.specs, [first] if first in recorder.model._applied.specs else []
+    for names in wrong:
+        small = sorted((n for n in names if n in specs), key=lambda n: (torch.Size(specs[n].shape).numel(), n))
+        few = small[: max(1, _MOST_NAMES // len(wrong))]
+        chosen += [n for n in few if n not in chosen and torch.Size(specs[n].shape).numel() <= _MOST_ELEMENTS]
+    return chosen
+
+
+def _shard(recorder: Recorder, name: str, whole: Tensor) -> Tensor:
+    return take(whole, spec_of(recorder, name, whole), recorder.model.world.tensor.index).double()
+
+
+def _fit(
+    recorder: Recorder, here: Mapping[str, Tensor | None], wrong: Sequence[str], shares: Sequence[Mapping[str, Tensor]]
+) -> Fit | None:
+    """This rank's wrong gradients as a sum over the microbatches' gradients."""
+    names = [n for n in wrong if shares and n in shares[0] and n in here]
+    if not names:
+        return None
+    columns = torch.stack([torch.cat([_shard(recorder, n, s[n]).reshape(-1) for n in names]) for s in shares], 1)
+    found = torch.cat([_zeros(here[n], _shard(recorder, n, shares[0][n])).reshape(-1) for n in names])
+    return fit(columns, found)
+
+
+def fit(columns: Tensor, found: Tensor) -> Fit:
+    """The coefficients of `columns` [n, m] that give `found` [n], by least squares."""
+    solved = torch.linalg.lstsq(columns, found[:, None], driver="gelsd").solution[:, 0]
+    size = max(float(found.norm()), float(columns.sum(1).norm()), _TINY)
+    return Fit(tuple(solved.tolist()), float((columns @ solved - found).norm()) / size)
+
+
+def _zeros(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x.double()
+
+
+def _totals(recorder: Recorder, here: Mapping[str, Tensor | None], name: str, whole: Mapping[str, Tensor]) -> float:
+    """How far the sum of the shards of `name` over the tensor axis is from the gradient, where all have the whole."""
+    world = recorder.model.world
+    told = world.everyone.objects(None if here.get(name) is None else here[name].double())
+    wanted = whole[name].double()
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    for rank, x in enumerate(told):
+        place = world.mesh.place(rank)
+        if x is not None and x.shape == wanted.shape:
+            groups.setdefault((place.data, place.pipeline), []).append(x)
+    errors = [largest(sum(group) - wanted) for group in groups.values() if len(group) == world.tensor.size]
+    return max(errors) / max(largest(wanted), _TINY) if errors else 1.0
+
+
+def _uses(
+    recorder: Recorder, here: Mapping[str, Tensor | None], name: str, uses: Mapping[str, Tensor]
+) -> Fit | None:
+    """The gradient of a tied parameter as a sum over its uses, on the first rank that has it."""
+    mine = None
+    if name in here and len(uses) > 1:
+        columns = torch.stack([_shard(recorder, name, x).reshape(-1) for x in uses.values()], 1)
+        mine = fit(columns, _zeros(here[name], _shard(recorder, name, next(iter(uses.values())))).reshape(-1))
+    told = recorder.model.world.everyone.objects(mine)
+    return next((one for one in told if one is not None), None)
+
+
+def _moved(recorder: Recorder, wrong: Sequence[str], whole: Mapping[str, Tensor]) -> list[tuple[int, str, str]]:
+    """Shards that are other slices of the whole than they should be."""
+    world, found = recorder.model.world, []
+    for name, x in shared(world, whole).items():
+        spec = spec_of(recorder, name, x)
+        if name not in wrong or spec.dim is None:
+            continue
+        places = [str(world.tensor.index)]
+        rows = [checksum(row) for row in x.unbind(spec.dim)]
+        mine = [checksum(row) for row in recorder.start[name].unbind(spec.dim)]
+        right = [i for a, b in spec.held(world.tensor.index) for i in range(a, b)]
+        places = [rows.index(row) if row in rows else -1 for row in mine]
+        if -1 not in places and places != right:
+            i = next(i for i, (a, b) in enumerate(zip(places, right)) if a != b)
+            found.append((world.rank, name, f"row {right[i]} of dim {spec.dim} should be there, and it is {places[i]}"))
+    return [one for part in world.everyone.objects(found) for one in part]
+
+
+def _stepping(
+    recorder: Recorder, one: Difference, updates: Mapping[str, Tensor], wrong: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """What the optimizers did in the step."""
+    world, step = recorder.model.world, recorder.records[one.step]
+    groups = world.everyone.objects(step.groups)
+    seen = {n for told in groups for members in told.values() for _, names in members for n in names}
+    graded = [n for n, g in step.gradients.items() if g is not None and bool(g.any())]
+    before = recorder.start if one.step == 0 else recorder.records[one.step - 1].weights
+    names = [n for n in wrong[world.rank] if f"{n}\0after" in updates and n in step.weights and n in before]
+    mine = None
+    if names:
+        want = [_shard(recorder, n, updates[f"{n}\0after"] - updates[f"{n}\0before"]).reshape(-1) for n in names]
+        made = [(step.weights[n].double() - before[n].double()).reshape(-1) for n in names]
+        mine = fit(torch.cat(want)[:, None], torch.cat(made))
+    trained = {n for n, p in recorder.model.named_parameters() if p.requires_grad}
+    unseen = sorted({n for part in world.everyone.objects([n for n in graded if n in trained]) for n in part} - seen)
+    return {
+        "fits": world.everyone.objects(mine),
+        "unseen": unseen,
+        "idle": [rank for rank, told in enumerate(groups) if not told],
+        "options": _unequal(groups),
+    }
+
+
+def _unequal(groups: Sequence[Mapping[int, Any]]) -> list[tuple[str, int, object, int, object]]:
+    """Options of the same group that differ between ranks."""
+    first: dict[tuple[int, int, str], tuple[int, object]] = {}
+    found = []
+    for rank, told in enumerate(groups):
+        for number, members in told.items():
+            for place, (options, _) in enumerate(members):
+                for key, value in options.items():
+                    other, theirs = first.setdefault((number, place, key), (rank, value))
+                    if isinstance(value, float | int | bool | str | tuple) and value != theirs:
+                        found.append((key, other, theirs, rank, value))
+    return found
+
+
+def _masks(recorder: Recorder, ref: _Asked | None) -> list[Mask]:
+    """Every rank's dropout masks of the step, and whether the reference draws them too."""
+    world = recorder.model.world
+    told = world.everyone.objects(recorder.watch.masks)
+    if ref is None:
+        return world.everyone.objects(None)[0]
+    found = []
+    for rank, masks in enumerate(told):
+        for one in masks:
+            whole = ref.watch.bits.get((one.site, one.sample))
+            right = whole is None or _crc(whole, one) == one.crc
+            found.append(Mask(rank, one.site, one.sample, one.crc, one.length, one.parts, right))
+    return world.everyone.objects(found)[0]
+
+
+def _crc(whole: Tensor, one: Any) -> int:
+    if one.dim is None:
+        return checksum(whole)
+    return checksum(torch.cat([whole.narrow(one.dim - 1, a, b - a) for a, b in one.parts], one.dim - 1))
+
+
+def _divergence(recorder: Recorder, ref: _Asked | None, one: Difference) -> Divergence | None:
+    """The first module, in the order of the calls and then of the backward pass, of which a rank has something else."""
+    world, seen = recorder.model.world, recorder.watch.seen
+    order = world.everyone.objects(None if ref is None else _order(ref.watch, one.kind))[0]
+    starts = world.everyone.objects(None if ref is None else sorted({key[3] for key in ref.watch.seen}))[0]
+    for key, forward in order:
+        wanted = None
+        if ref is not None:
+            wanted = ref.watch.seen[key].value if forward else ref.watch.seen[key].gradient
+        whole = shared(world, {} if wanted is None else {"": wanted})[""].double()
+        mine = seen.get(key)
+        found = _seen_error(recorder, mine, whole, forward)
+        told = world.everyone.objects(found)
+        scale = max(largest(whole), _TINY)
+        wrong = [rank for rank, error in enumerate(told) if error is not None and not error <= _room(recorder) * scale]
+        if wrong:
+            name = key[0]
+            reader = world.everyone.objects(None if ref is None else _reader(ref.watch, name))[0]
+            return _described(recorder, mine, whole, forward, wrong[0], told[wrong[0]], {
+                "module": name, "reader": reader, "microbatch": starts.index(key[3]), "scale": scale,
+                "kind": world.everyone.objects(None if ref is None else ref.watch.seen[key].kind)[0],
+            })  # fmt: skip
+    return None
+
+
+def _room(recorder: Recorder) -> float:
+    return 1e-9 if recorder.double or all(x.dtype == torch.float64 for x in recorder.start.values()) else 1e-3
+
+
+def _order(watch: Watch, kind: str) -> list[tuple[Any, bool]]:
+    """What to look at: the outputs where the loss is wrong, else their gradients."""
+    if kind == LOSS:
+        return [(key, True) for key, one in sorted(watch.seen.items(), key=lambda item: item[1].order)]
+    graded = [(key, one) for key, one in watch.seen.items() if one.gradient is not None]
+    return [(key, False) for key, one in sorted(graded, key=lambda item: item[1].returned)]
+
+
+def _reader(watch: Watch, name: str) -> str:
+    """The innermost module that was given what `name` returned, if there is one."""
+    readers = watch.readers.get(name, [])
+    leaves = [r for r in readers if not any(other.startswith(f"{r}.") for other in readers)]
+    return leaves[0] if len(leaves) == 1 else ""
+
+
+def _seen_error(recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool) -> float | None:
+    """How far this rank's tensor is off; None where it has none to compare."""
+    pair = _pair(recorder, mine, whole, forward)
+    return None if pair is None else largest(pair[0] - pair[1])
+
+
+def _pair(recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool) -> tuple[Tensor, Tensor] | None:
+    """This rank's tensor and what it should be."""
+    if mine is None or not forward and (mine.shared or mine.gradient is None):
+        return None
+    world = recorder.model.world
+    wanted = part(whole, mine, world.tensor)
+    if wanted is None:
+        return None
+    # Losses are scaled by the number of replicas, whose gradients are averaged.
+    return (mine.value.cpu().double() if forward else mine.gradient.cpu().double() / world.data.size), wanted
+
+
+def _described(
+    recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool, rank: int, error: float, known: dict[str, Any]
+) -> Divergence:
+    """The hypotheses about what is wrong with a tensor, tried on all ranks' of it."""
+    world, scale = recorder.model.world, known["scale"]
+    pair = _pair(recorder, mine, whole, forward)
+    told = world.everyone.objects(pair)
+    found, wanted = told[rank]
+    group = world.mesh.group("tensor", rank)
+    others = [told[r][0] for r in group if told[r] is not None and told[r][0].shape == whole.shape]
+    total = largest(sum(others) - whole) / scale if len(others) == len(group) else 1.0
+    twins = [told[r][1] for r in group if r != rank and told[r] is not None and told[r][1].shape == found.shape]
+    twin = min((largest(found - x) / scale for x in twins if not torch.equal(x, wanted)), default=1.0)
+    ratio = float((found * wanted).sum() / (wanted * wanted).sum().clamp(min=_TINY))
+    residual = largest(found - ratio * wanted) / scale
+    return Divergence(
+        forward=forward, rank=rank, error=error, total=total, twin=twin, ratio=ratio, residual=residual, **known
+    )
+
+
