@@ -98,7 +98,7 @@ def checked(rnn: nn.Module, degree: int, name: str) -> Options:
     odd = wanted ^ {leaf for leaf, _ in rnn.named_parameters(remove_duplicate=False)}
     if odd:
         raise ValueError(
-            f'{name}: a {kind.__name__} with or without {min(odd)} is not as torch makes it (weight_norm?), and style '
+            f"{name}: a {kind.__name__} with or without {min(odd)} is not as torch makes it (weight_norm?), and style "
             f'"recurrent" cuts plain ones only; give it the style "whole"'
         )
     if options.hidden_size < degree:

@@ -181,10 +181,13 @@ def _layer(
     options, kind = owner.options, x.device.type
     if str(k) in owner.masks:
         x = rows.by_sample(owner.masks[str(k)], x)
-    mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype, mixed = x.dtype, torch.is_autocast_enabled(kind)
+    if mixed:  # as torch does: its GRU and RNN on CPUs keep the type of their weights
+        lower = options.mode == "LSTM" or kind != "cpu"
+        dtype = torch.get_autocast_dtype(kind) if lower else getattr(owner, f"weight_hh_l{k}").dtype
 
     def cast(p: Tensor | None) -> Tensor | None:
-        return p if p is None or mixed == x.dtype else p.to(mixed)
+        return None if p is None else p.to(dtype) if mixed else p
 
     directions = [
         Weights(*(cast(getattr(owner, f"{leaf}_l{k}{end}", None)) for leaf in LEAVES)) for end in options.directions
