@@ -130,8 +130,8 @@ def trade(length: int, wanted: tuple[Ranges, ...], index: int) -> Trade:
     """What `index` does, where index i wants the rows `wanted[i]` of `length`.
 
     Example:
-        >>> trade(8, (((-1, 4),), ((2, 7),), ((5, 9),)), 1)
-        Trade(held=(3, 6), wanted=((2, 7),), sends=((0, ((3, 4),)), (2, ((5, 6),))), receives=((0, ((2, 3),)), (2, ((6, 7),))), still=False)
+        >>> trade(8, (((-1, 4),), ((2, 7),), ((5, 9),)), 1).sends
+        ((0, ((3, 4),)), (2, ((5, 6),)))
     """
     held = balanced(length, len(wanted))
     moved = {(i, j): common(wanted[j], rows) for i, rows in enumerate(held) for j in range(len(wanted)) if i != j}

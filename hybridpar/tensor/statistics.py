@@ -5,10 +5,10 @@
     group norm      over places and channels of a group              x seen as [1, b * groups, ..]
     layer norm      over the trailing dims, if the rows are there     x seen as [1, all leading, ..]
 
-    forward    allgather of each index's mean and sum of squared deviations, combined as Chan et al. 1979 do
+    forward    allgather of each index's mean and sum of squared deviations
     backward   allreduce of sum g and sum g xhat
 
-(A norm of all rows as for all replicas: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, with sums over the axis.)
+(Batch norm: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167. Combining: Chan, Golub & LeVeque 1979.)
 """
 
 from __future__ import annotations
