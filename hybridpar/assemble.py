@@ -14,13 +14,20 @@ import torch
 from torch import nn
 
 from hybridpar.engine import Named, ParallelModel
+from hybridpar.fill.allocate import allocate
+from hybridpar.fill.fill import Weights, agree, fill, held
+from hybridpar.fill.recipe import record
+from hybridpar.fill.seed import Init
 from hybridpar.loss import LossFunction, WeightedLoss
 from hybridpar.pipeline.executor import Executor
 from hybridpar.pipeline.partition import level, partition
 from hybridpar.pipeline.schedule import build, read
 from hybridpar.pipeline.ties import Tie, Ties
+from hybridpar.proof.point import listener
 from hybridpar.seeds import Draw
-from hybridpar.split import Stage, estimated_costs, measured_costs, units
+from hybridpar.skeleton.cut import Skeleton
+from hybridpar.skeleton.stage import SkeletonStage
+from hybridpar.split import Chain, Stage
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
@@ -42,6 +49,8 @@ def parallelize(
     costs: Sequence[float] | None = None,
     example: Any = None,
     sequence: bool = False,
+    weights: Weights | None = None,
+    init: Init | None = None,
 ) -> ParallelModel:
     """Spread `module`, built alike on every rank, over the mesh.
 
@@ -52,6 +61,10 @@ def parallelize(
     of the chain), or over seconds measured on `example` inputs, or over an estimate; `stages` gives the number of parts
     in each stage instead. `sequence` also cuts what lies between the cut layers, along the tokens.
 
+    A module built under `torch.device("meta")` is given its values here, each rank its own shards only: `weights` is a
+    seed, a state dict, or the path of safetensors (a file, a folder or an index), or (one of these, a seed for what it
+    lacks). `init(name, module)` initialises what the module's own reset_parameters do not (docs/big.md).
+
     Raises ValueError, with the numbers and a way out, for what cannot be cut.
 
     Example:
@@ -60,25 +73,28 @@ def parallelize(
         >>> print(model.report)                                                     # doctest: +SKIP
     """
     _same_everywhere(module, mesh.everyone)
+    module, loss, example = listener().parallelizes(module, loss, example)
+    agree(weights, mesh.everyone)
+    recipes = record(module)
     chunks = chunks or (2 if schedule == "interleaved" else 1)
     custom = schedule.endswith(".csv")
     if mesh.pipeline.size == 1 and not custom:
         build(schedule, 1, 1, chunks)  # refuses here what it would refuse on many ranks
         schedule, chunks = "1f1b", 1  # one rank, one stage
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
-    bounds, weights = _bounds(module, homes, mesh, chain, stages, costs, example)
+    pieces = _pieces(module, len(homes), chain, example)
+    bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     draw = Draw(mesh.seed)
     plan = plan if plan is not None else getattr(module, "tensor_plan", {})
     applied = apply(module, plan, mesh.tensor, draw, sequence)
-    parts = units(module, chain) if len(homes) > 1 else [("", module)]
-    all_stages = [Stage(s, parts[a:b]) for s, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+    all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
     first, ties = _tie(all_stages, homes, mesh.pipeline.index, applied.tied)
-    for stage in mine.values():
-        stage.to(mesh.device)
+    allocate(mine.values(), mesh.device)
+    fill(recipes, held(mine.values(), applied), mesh.tensor.index, weights, init)
     owned = [_owned(stage, first, applied.tied) for stage in mine.values()]
-    return ParallelModel(
+    model = ParallelModel(
         world=mesh,
         stages=mine,
         owned=owned,
@@ -89,8 +105,10 @@ def parallelize(
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
-        report=_report(all_stages, homes, weights, bounds, applied, mesh),
+        report=_report(all_stages, homes, spent, bounds, applied, mesh),
     )
+    listener().parallelized(model)
+    return model
 
 
 def _same_everywhere(module: nn.Module, everyone: Axis) -> None:
@@ -115,45 +133,51 @@ def _hash(t: torch.Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
 
 
+def _pieces(module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any) -> Chain | Skeleton:
+    """How the module can be cut: by its chain, if it or the user names one, else by watching its forward."""
+    if stages == 1 or chain is not None or isinstance(module, nn.Sequential) or hasattr(module, "chain"):
+        return Chain(module, stages, chain)
+    return Skeleton(module, stages, example)
+
+
 def _bounds(
-    module: nn.Module,
+    pieces: Chain | Skeleton,
     homes: Sequence[int],
     mesh: World,
-    chain: Sequence[str] | None,
     stages: Sequence[int] | None,
     costs: Sequence[float] | None,
     example: Any,
 ) -> tuple[tuple[int, ...], list[float]]:
-    """Where each stage begins among the parts of the chain, with the end; and what each part costs."""
-    count = len(homes)
+    """Where each stage begins among the parts, with the end; and what each part costs."""
+    count, parts = len(homes), len(pieces.labels)
     if count == 1:
         return (0, 1), [1.0]
-    parts = units(module, chain)
     if stages is not None:
-        if len(stages) != count or sum(stages) != len(parts) or min(stages) < 1:
+        if len(stages) != count or sum(stages) != parts or min(stages) < 1:
             raise ValueError(
-                f"stages={list(stages)} must be {count} numbers of at least 1 that add up to the {len(parts)} parts "
-                "of the chain"
+                f"stages={list(stages)} must be {count} numbers of at least 1 that add up to the {parts} parts that "
+                f"can be cut: {', '.join(pieces.labels)}"
             )
-        return tuple(sum(stages[:s]) for s in range(count + 1)), estimated_costs(parts)
-    if costs is not None and len(costs) != len(parts):
-        raise ValueError(f"costs has {len(costs)} numbers and the chain has {len(parts)} parts")
+        return tuple(sum(stages[:s]) for s in range(count + 1)), pieces.costs
+    if costs is not None and len(costs) != parts:
+        raise ValueError(f"costs has {len(costs)} numbers and there are {parts} parts: {', '.join(pieces.labels)}")
     if costs is not None:
         found = [float(c) for c in costs]
-    elif example is not None:
+    elif example is not None and isinstance(pieces, Chain):
         # One rank measures: two on one machine would slow each other, and all must cut alike.
-        found = mesh.everyone.objects(measured_costs(parts, example) if mesh.rank == 0 else None)[0]
+        found = mesh.everyone.objects(pieces.measured(example) if mesh.rank == 0 else None)[0]
     else:
-        found = estimated_costs(parts)
+        found = pieces.costs
     exact = partition(found, count)
     return (level(found, exact, homes) if count > mesh.pipeline.size else exact), found
 
 
+AnyStage = Stage | SkeletonStage
 Owner = tuple[int, str]  # the first stage that uses a parameter, and the parameter's name
 
 
 def _tie(
-    all_stages: Sequence[Stage], homes: Sequence[int], here: int, tied: Mapping[str, str]
+    all_stages: Sequence[AnyStage], homes: Sequence[int], here: int, tied: Mapping[str, str]
 ) -> tuple[dict[int, Owner], list[Tie]]:
     """The owner of each parameter, by id, and a tie for each later stage that uses it too.
 
@@ -173,7 +197,7 @@ def _tie(
     return first, ties
 
 
-def _not_one_module(stage: Stage, p: nn.Parameter, owner: Stage) -> None:
+def _not_one_module(stage: AnyStage, p: nn.Parameter, owner: AnyStage) -> None:
     """Raise, on every rank, where it is one module that both stages call: it cannot hold both `p` and a copy."""
     others = set(map(id, owner.modules()))
     for module in stage.modules():
@@ -184,7 +208,7 @@ def _not_one_module(stage: Stage, p: nn.Parameter, owner: Stage) -> None:
             )
 
 
-def _replaced(stage: Stage, p: nn.Parameter) -> nn.Parameter:
+def _replaced(stage: AnyStage, p: nn.Parameter) -> nn.Parameter:
     """A copy of `p`, put in its place in `stage`."""
     copied = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
     for module in stage.modules():
@@ -194,14 +218,14 @@ def _replaced(stage: Stage, p: nn.Parameter) -> nn.Parameter:
     return copied
 
 
-def _owned(stage: Stage, first: Mapping[int, Owner], tied: Mapping[str, str]) -> Named:
+def _owned(stage: AnyStage, first: Mapping[int, Owner], tied: Mapping[str, str]) -> Named:
     """The parameters whose first use is in `stage`, each once."""
     found = {tied.get(name, name): p for name, _, p in stage.named() if id(p) in first}
     return [(name, p) for name, p in found.items() if first[id(p)] == (stage.number, name)]
 
 
 def _report(
-    all_stages: Sequence[Stage],
+    all_stages: Sequence[AnyStage],
     homes: Sequence[int],
     costs: Sequence[float],
     bounds: Sequence[int],

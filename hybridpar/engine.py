@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from hybridpar.global_view import everywhere, take, wholes
-from hybridpar.loss import WeightedLoss, is_cut
+from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
+from hybridpar.proof.point import listener
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
 from hybridpar.split import Stage
@@ -87,10 +88,12 @@ class ParallelModel:
         Example:
             >>> loss = model.train_step((ids, targets), microbatches=8)   # doctest: +SKIP
         """
+        batch = listener().begins(self, batch, microbatches)
         for chunk in range(len(self._owned)):
             self._partial.begin(chunk)
         loss = self._with_loss(batch, microbatches, training=True)
         self._draw.step += 1
+        listener().ends(self, loss)
         return loss
 
     @torch.no_grad()
@@ -111,7 +114,6 @@ class ParallelModel:
             >>> logits = model.predict(ids)                               # doctest: +SKIP
         """
         outputs: list[Tensor] = []
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         parts = split_batch(to_device(inputs, self.world.device), microbatches)
         micros = [Micro(part, torch.arange(n), lambda output: outputs.append(self._whole(output))) for part, n in parts]
         with _Evaluating(self):
@@ -126,7 +128,6 @@ class ParallelModel:
             raise ValueError(f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__}{held}")
         world, loss = self.world, self._loss
         inputs, targets = to_device(batch, world.device)
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         parts = split_batch((inputs, targets), microbatches, self._largest)
         sizes = [n for _, n in parts]
         self._agree_on([sum(sizes), len(parts), fingerprint((inputs, targets))])
@@ -171,8 +172,12 @@ class ParallelModel:
 
     def _whole(self, output: Any) -> Tensor:
         """A microbatch's output, whole on every tensor rank."""
+        output = logits(output)
         if not isinstance(output, Tensor):
-            raise ValueError(f"predict returns one tensor, and the module returned a {type(output).__name__}")
+            raise ValueError(
+                f"predict returns one tensor, or the logits of an output, and the module returned a "
+                f"{type(output).__name__}"
+            )
         cut = is_cut(output, self._applied.logits, self.world.tensor)
         return self.world.tensor.allgather(output, -1) if cut else output
 
@@ -274,6 +279,7 @@ class ParallelModel:
 
         Raises ValueError where one is missing or of another shape.
         """
+        listener().loads(self, state)
         specs = self._applied.specs
         kept = {name: (x, Spec(name, tuple(x.shape))) for name, x in self._kept().items()}
         for name, (x, spec) in ({name: (p, specs[name]) for name, p in self.named_parameters()} | kept).items():
@@ -305,6 +311,7 @@ class _Evaluating:
         self._modes = [(m, m.training) for stage in model._stages.values() for m in stage.modules()]
 
     def __enter__(self) -> None:
+        listener().evaluates(self._model)
         self._model.eval()
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,7 @@ tokens count as they would in one process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ class WeightedLoss:
 
     def total(self, output: Any, targets: Any, weight: float) -> Tensor:
         """The sum (not the mean) over what counts."""
+        if self._counts:
+            output = logits(output)
         if weight == 0:
             return output.sum() * 0.0 if isinstance(output, Tensor) else torch.zeros((), requires_grad=True)
-        logits = self._logits()
-        cut = is_cut(output, logits, self._axis)
+        spec = self._logits()
+        cut = is_cut(output, spec, self._axis)
         if cut and not self._counts:
             raise ValueError(
                 f"the plan leaves the output cut over the vocabulary, which {_name(self._function)} cannot read: use "
@@ -56,11 +58,18 @@ class WeightedLoss:
             )
         if self._torchs and not cut and output.dim() > 2 and targets.shape == (len(output), *output.shape[2:]):
             output = output.movedim(1, -1)  # [b, v, ..], which is what torch's own takes
-        value = (self._function.cut(self._axis, logits.parts) if cut else self._function)(output, targets)
+        value = (self._function.cut(self._axis, spec.parts) if cut else self._function)(output, targets)
         if value.dim():
             shape = list(value.shape)
             raise ValueError(f"the loss function returned shape {shape} and must return one number, the mean")
         return value if self._counts else value * weight
+
+
+def logits(output: Any) -> Any:
+    """The `logits` of an output that has some (an attribute or an item), as those of Hugging Face models; or itself."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)
 
 
 def is_cut(output: Any, logits: Spec | None, axis: Axis) -> bool:

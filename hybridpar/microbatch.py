@@ -5,7 +5,7 @@ A batch is a tensor, or tuples, lists and dicts of them; whatever is not a tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,13 @@ def fingerprint(batch: Any) -> int:
         words = words ^ (words >> 32)  # small whole numbers differ in their high bits only
         total += place * int((words * torch.arange(1, 2 * len(words), 2, device=words.device)).sum())  # wraps around
     return total % 2**52
+
+
+def call(module: Callable[..., Any], inputs: Any) -> Any:
+    """`module` on `inputs`: a dict is keyword arguments, a tuple positional ones."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

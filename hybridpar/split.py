@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hybridpar.microbatch import call
 from hybridpar.pipeline.skip import Pop, boxes
 
 Unit = tuple[str, nn.Module]
@@ -33,15 +35,18 @@ class Stage(nn.Module):
         self.units = nn.ModuleList(module for _, module in units)
         self._boxes = boxes(self)
 
-    def forward(self, inputs: tuple[Any, ...], skips: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """The output of the last unit, and the skips that later stages will want."""
+    def forward(self, inputs: Any, skips: dict[str, Tensor], batch: Any = None) -> tuple[Any, dict[str, Tensor]]:
+        """The output of the last unit, and the skips that later stages will want.
+
+        `batch` is what entered the first stage, for stages that run the module's own forward.
+        """
         waiting = dict(skips)
         wanted = {m.name: m.box for m in self.modules() if isinstance(m, Pop)}
         for name in [name for name in waiting if name in wanted]:
             wanted[name][name] = waiting.pop(name)
         value: Any = inputs
         for unit in self.units:
-            value = unit(*value) if isinstance(value, tuple) else unit(value)
+            value = call(unit, value)
         for box in self._boxes:
             waiting.update(box)
             box.clear()
@@ -59,6 +64,31 @@ class Stage(nn.Module):
             for name, x in module.state_dict(keep_vars=True).items():
                 if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
                     yield (f"{unit}.{name}" if unit else name), x
+
+
+class Chain:
+    """How a module that names its chain can be cut into `stages`; one stage is the module itself, chain or not.
+
+    `labels` are the parts, `costs` an estimate for each.
+    """
+
+    def __init__(self, module: nn.Module, stages: int, chain: Sequence[str] | None = None) -> None:
+        self._chain, self._whole = chain, stages == 1
+        self._units = self._cut(module)
+        self.labels = [name for name, _ in self._units]
+        self.costs = estimated_costs(self._units)
+
+    def measured(self, example: Any) -> list[float]:
+        """Seconds of each part on `example` inputs."""
+        return measured_costs(self._units, example)
+
+    def stages(self, module: nn.Module, bounds: Sequence[int]) -> list[Stage]:
+        """The stages of `module`, whose layers may have been cut meanwhile."""
+        found = self._cut(module)
+        return [Stage(s, found[a:b]) for s, (a, b) in enumerate(pairwise(bounds))]
+
+    def _cut(self, module: nn.Module) -> list[Unit]:
+        return [("", module)] if self._whole else units(module, self._chain)
 
 
 def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:

@@ -302,7 +302,7 @@ def test_a_chain_of_plain_layers_is_cut_where_the_user_says() -> None:
     trained(make, mesh, *batches(7, 4, 2), example=numbers(5, 4))
     with pytest.raises(ValueError, match=r"stages=\[2, 2\] must be 2 numbers of at least 1 that add up to the 5 parts"):
         hp.parallelize(make(), mesh, loss=squares, stages=[2, 2])
-    with pytest.raises(ValueError, match="costs has 2 numbers and the chain has 5 parts"):
+    with pytest.raises(ValueError, match="costs has 2 numbers and there are 5 parts"):
         hp.parallelize(make(), mesh, loss=squares, costs=[1, 2])
     mesh.close()
 
@@ -447,7 +447,7 @@ def test_what_cannot_be_spread_is_refused_with_a_sentence() -> None:
     layer = nn.Linear(4, 4)
     for module, options, sentence in (
         (nn.Sequential(layer, nn.Tanh(), layer), {"stages": [1, 2]}, "both call the same Linear"),
-        (nn.Linear(4, 4), {}, "Linear cannot be cut into pipeline stages: nobody says in which order"),
+        (nn.Linear(4, 4), {}, "Linear cannot be cut into pipeline stages: it has no nn.ModuleList"),
         (layers(4, 4), {}, "1 "),
         (layers(4, 4, 4), {"schedule": "zigzag"}, "no schedule is called 'zigzag'"),
     ):

@@ -27,7 +27,7 @@ FLOORS = (
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*"),
         (),
     ),
-    ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "models/*"), ("torch",)),
+    ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
     ("parts", ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data"), ("torch",)),
     ("whole", ("assemble", "engine", "start", "doctor"), ("torch",)),

@@ -38,7 +38,7 @@ class Micro:
     `finish(output)` returns what to pull back (a scalar that requires a gradient) in training, and None otherwise.
     """
 
-    inputs: tuple[Any, ...]
+    inputs: Any
     samples: Tensor  # [b] int64
     finish: Callable[[Any], Tensor | None]
 
@@ -106,7 +106,7 @@ class _Run:
             inputs, skips = _unpack(entering, structure)
         began = time.perf_counter()
         self._of._draw.samples = micro.samples
-        output, skips = stage(inputs, skips)
+        output, skips = stage(inputs, skips, micro.inputs)
         if action.stage == self._schedule.stages - 1:
             pulled = micro.finish(output)
             tensors, structure = [] if pulled is None else [pulled], None

@@ -1,0 +1,67 @@
+"""Cut a module that nobody has described: its own forward is watched once, and every stage runs it in part.
+
+    anatomy    which modules may be handed to a stage
+    observe    in which order they are called, and what uses what
+    parts      where it may be cut
+    stage      what runs on a rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from hybridpar.skeleton.anatomy import dissect
+from hybridpar.skeleton.observe import observe
+from hybridpar.skeleton.parts import homes, live, parts
+from hybridpar.skeleton.stage import SkeletonStage
+
+
+class Skeleton:
+    """How `module` can be cut into `stages` or more; `costs` has one number for each part, `labels` its name.
+
+    `example` are inputs like those of training; a Hugging Face model has `dummy_inputs` of its own.
+    Raises ValueError where it cannot be cut.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body = body
+        ...     def forward(self, x):
+        ...         return self.body(x).sum(-1)
+        >>> Skeleton(Net(), stages=2, example=torch.zeros(1, 4)).labels
+        ['body.0', 'body.1', 'body.2']
+    """
+
+    def __init__(self, module: nn.Module, stages: int, example: Any = None) -> None:
+        self._anatomy = dissect(module, stages)
+        example = example if example is not None else getattr(module, "dummy_inputs", None)
+        if example is None:
+            raise ValueError(
+                f"{type(module).__name__} names no chain, so its forward must be watched once to cut it into "
+                f"{stages} stages: give inputs of one small batch as parallelize(..., example=inputs)"
+            )
+        observation = observe(module, self._anatomy, example)
+        self._shadow = observation.shadow
+        self._parts = parts(observation.calls, self._anatomy.blocks)
+        self.labels = [part.label for part in self._parts]
+        self.costs = [sum(call.work for call in part.calls) or 1.0 for part in self._parts]
+
+    def stages(self, module: nn.Module, bounds: Sequence[int]) -> list[SkeletonStage]:
+        """The stages of `module`, as observed or with sharded layers in it, that begin at `bounds` (and the end)."""
+        calls = [[call for part in self._parts[a:b] for call in part.calls] for a, b in pairwise(bounds)]
+        where = homes(calls)
+        found = []
+        for number, own in enumerate(calls):
+            before = [call for stage in calls[: number + 1] for call in stage]
+            after = [call for stage in calls[number + 1 :] for call in stage]
+            weights = frozenset[str]().union(*(call.weights for call in own))
+            leaving = live(before, after) if after else None
+            names = self.labels[bounds[number] : bounds[number + 1]]
+            found.append(SkeletonStage(number, names, module, self._shadow, self._anatomy, where, weights, leaving))
+        return found

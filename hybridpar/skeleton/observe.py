@@ -1,0 +1,169 @@
+"""One forward, watched: which units are called in which order, and whose results each call uses.
+
+The forward runs on a copy of the module on the meta device, where nothing is computed and no memory is taken; or,
+where the module's own Python looks at values (a data-dependent `if`), on the module itself and real inputs. What is
+computed between units (`x = x + layer(x)`, masks, `torch.cat`) is followed operation by operation, so the answer is
+exact for this forward, whatever that code looks like. Nothing is traced into a graph: stages run the user's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridpar.microbatch import call, mapped
+from hybridpar.skeleton.anatomy import Anatomy
+from hybridpar.skeleton.freight import tensors
+
+Result = tuple[str, int]  # the unit that was called, and the how manieth of its calls it was
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a unit: `uses` are earlier results that its inputs were computed from, `weights` the units whose
+    parameters were used directly on the way (a head that multiplies by the embedding's weight, for one). `work` are
+    its floating-point operations (torch.utils.flop_counter)."""
+
+    result: Result
+    uses: frozenset[Result]
+    weights: frozenset[str]
+    work: float = 0.0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The calls in order; the last one, of the unit "", stands for the module's output."""
+
+    calls: tuple[Call, ...]
+    shadow: nn.Module  # the copy on the meta device
+
+
+def observe(module: nn.Module, anatomy: Anatomy, example: Any) -> Observation:
+    """Watch a forward of `module` on `example`: a tensor, a tuple, or a dict of keyword arguments.
+
+    Raises ValueError with the module's own error where neither the meta device nor real inputs will do.
+    """
+    shadow = on_meta(module)
+    try:
+        return Observation(_watch(shadow, anatomy, mapped(example, lambda t: t.to("meta"))), shadow)
+    except Exception as meta_error:  # anything that the user's forward may raise
+        if any(p.is_meta for p in module.parameters()):
+            raise _cannot(module, meta_error) from meta_error
+    try:
+        return Observation(_watch(module, anatomy, example), shadow)
+    except Exception as error:
+        raise _cannot(module, error) from error
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of `module` on the meta device; nothing else is copied."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    for x in module.buffers():
+        memo[id(x)] = x.to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def _watch(module: nn.Module, anatomy: Anatomy, example: Any) -> tuple[Call, ...]:
+    watch = _Watch(anatomy, module)
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()  # layers that are dropped at random are called
+    try:
+        quiet, drawn = warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[])
+        with quiet, drawn, torch.no_grad(), watch.work, watch:
+            output = call(module, example)
+    finally:
+        watch.leave()
+        for m, mode in modes:
+            m.training = mode
+    return (*watch.calls, Call(("", 0), *watch.origin(tensors(output))))
+
+
+class _Watch(TorchFunctionMode):
+    """Follows where tensors come from, outside of the units."""
+
+    def __init__(self, anatomy: Anatomy, module: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._uses: dict[int, frozenset[Result]] = {}
+        self._weights: dict[int, frozenset[str]] = {}
+        self._kept: list[Tensor] = []  # alive, so that no id is used again
+        self._inside, self._counts = 0, Counter[str]()
+        self.work, self._before = FlopCounterMode(display=False), 0
+        self._hooks = []
+        for name in anatomy.units:
+            unit = module.get_submodule(name)
+            self._weights |= {id(p): frozenset({name}) for p in unit.parameters()}
+            self._hooks += [
+                unit.register_forward_pre_hook(self._entering(name), with_kwargs=True),
+                unit.register_forward_hook(self._leaving(name), with_kwargs=True, always_call=True),
+            ]
+
+    def origin(self, inputs: Iterable[Tensor]) -> tuple[frozenset[Result], frozenset[str]]:
+        ids = [id(t) for t in inputs]
+        none: frozenset[Any] = frozenset()
+        uses = none.union(*(self._uses.get(i, none) for i in ids))
+        return uses, none.union(*(self._weights.get(i, none) for i in ids))
+
+    def leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self._inside:
+            uses, weights = self.origin([*tensors(args), *tensors(kwargs or {})])
+            if uses or weights:
+                changed = tensors(output)
+                if func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") != getattr(
+                    func, "__name__", ""
+                ):
+                    changed += [t for t in args[:1] if isinstance(t, Tensor)]  # x[i] = y, x.add_(y)
+                for t in changed:
+                    self._mark(t, uses, weights)
+        return output
+
+    def _mark(self, t: Tensor, uses: frozenset[Result], weights: frozenset[str]) -> None:
+        self._kept.append(t)
+        self._uses[id(t)], self._weights[id(t)] = uses, weights
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._inside:
+                result = (name, self._counts[name])
+                self.calls.append(Call(result, *self.origin([*tensors(args), *tensors(kwargs)])))
+                self._before = self.work.get_total_flops()
+            self._inside += 1
+
+        return enter
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._inside -= 1
+            if not self._inside:
+                result = (name, self._counts[name])
+                self._counts[name] += 1
+                work = float(self.work.get_total_flops() - self._before)
+                self.calls[-1] = replace(self.calls[-1], work=work)
+                for t in tensors(output):
+                    self._mark(t, frozenset({result}), frozenset())
+
+        return leave
+
+
+def _cannot(module: nn.Module, error: Exception) -> ValueError:
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(
+        f"{type(module).__name__} could not be watched while it ran on the example inputs ({told}); "
+        "give inputs of one small batch as parallelize(..., example=inputs), or name a chain="
+    )

@@ -1,0 +1,255 @@
+"""A pipeline stage that runs the user's own forward, with only its own units in place.
+
+    stage 1 of 3      embed    0    1    2    3    4    5   norm   head
+                      [  gates: poison  ] [  own  ] [ leave ]
+                                       ^ the result of 1, received
+
+Each unit is called through a gate. A unit of an earlier stage gives what has been received from it or, where nothing
+later uses its result, a tensor of the right shape full of NaN, which cannot be mistaken for one. The call of a unit of
+a later stage ends the forward: what has been made so far and is used later goes to the next stage.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridpar.microbatch import call, mapped
+from hybridpar.skeleton.anatomy import Anatomy
+from hybridpar.skeleton.freight import pack, tensors, unpack
+from hybridpar.skeleton.observe import Result
+
+_CHECKED_RUNS = 2
+
+
+class _Leave(BaseException):  # not an Exception, which the user's forward may catch
+    """Out of the user's forward: what follows belongs to a later stage."""
+
+
+@dataclass
+class _Passage:
+    """One forward of a stage."""
+
+    received: Mapping[Result, Any]
+    made: dict[Result, Any] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    graded: bool = field(default_factory=torch.is_grad_enabled)
+
+
+class SkeletonStage(nn.Module):
+    """Stage `number`: `homes` says for each unit at which stage each of its calls is made, `entering` and `leaving`
+    which results travel over the cuts before and after this stage (None where it is the last)."""
+
+    def __init__(
+        self,
+        number: int,
+        names: Sequence[str],
+        module: nn.Module,
+        shadow: nn.Module,
+        anatomy: Anatomy,
+        homes: Mapping[str, tuple[int, ...]],
+        weights: frozenset[str],
+        leaving: Sequence[Result] | None,
+    ) -> None:
+        super().__init__()
+        self.number, self.names = number, tuple(names)
+        self._homes, self._leaving = homes, leaving
+        self._passage: _Passage | None = None
+        self._entered: frozenset[Result] = frozenset()
+        self._unchecked = _CHECKED_RUNS
+        self.body = self._grown("", module, shadow, anatomy, weights, {})
+
+    def forward(self, inputs: Any, skips: Mapping[str, Tensor], batch: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What the next stage needs, as (structure, tensor, ...); of the last stage the module's output."""
+        received = unpack(inputs[0], inputs[1:]) if self.number else {}
+        self._passage, self._entered = _Passage(received), frozenset(received)
+        passage = self._passage
+        try:
+            output = call(self.body, batch)
+        except _Leave as leave:
+            output = None
+            traceback.clear_frames(leave.__traceback__)  # ends what the forward had begun: contexts of a checkpoint
+        finally:
+            self._passage = None
+        if self._leaving is None:
+            self._check(tensors(output))
+            return output, {}
+        structure, moving = pack({result: self._found(passage, result) for result in self._leaving})
+        self._check(moving)
+        return (structure, *moving), {}
+
+    def named(self) -> Iterable[tuple[str, str, nn.Parameter]]:
+        """(name in the unsplit module, name of the unit, parameter), shared ones each time they occur."""
+        for name, parameter in self.body.named_parameters(remove_duplicate=False):
+            yield name, name.rpartition(".")[0], parameter
+
+    def kept(self) -> Iterable[tuple[str, Tensor]]:
+        """(name in the unsplit module, buffer) of what a state dict has besides parameters."""
+        for name, x in self.body.state_dict(keep_vars=True).items():
+            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                yield name, x
+
+    def answer(self, name: str, own: Callable[..., Any] | None, poison: _Poison, args: Any, kwargs: Any) -> Any:
+        """What a call of the unit `name` gives on this stage; `own` is the unit itself where it has calls here."""
+        homes, passage = self._homes.get(name, (self.number,)), self._passage
+        count = 0
+        if len(homes) > 1 and passage is not None:
+            count = min(passage.counts[name], len(homes) - 1)
+            passage.counts[name] += 1
+        home = homes[count]
+        if home > self.number:
+            raise _Leave
+        if passage is None and (len(homes) > 1 or (name, count) in self._entered):
+            raise ValueError(
+                f"{name} is recomputed by a checkpoint on stage {self.number} and (also) computed on stage "
+                f"{homes[0]}: use stages= to cut where no checkpoint is cut in two, or checkpoint inside it"
+            )
+        if home < self.number and (passage is None or (name, count) not in passage.received):
+            return poison(args, kwargs)
+        if home < self.number:
+            value = passage.received[name, count]
+            if passage.graded and not torch.is_grad_enabled() and any(t.requires_grad for t in tensors(value)):
+                raise ValueError(
+                    f"{name} is called without gradients on stage {self.number}, which would lose those of the stages "
+                    "before; checkpoint with use_reentrant=False"
+                )
+            return value
+        if own is None:
+            raise ValueError(
+                f"{name} is called on stage {self.number} and was not called at all for the example inputs; give "
+                "example= inputs like those of training"
+            )
+        output = own(*args, **kwargs)
+        if passage is not None:  # else a checkpoint computes it again, in the backward pass
+            passage.made[name, count] = output
+        return output
+
+    def _found(self, passage: _Passage, result: Result) -> Any:
+        if result in passage.made:
+            return passage.made[result]
+        if result in passage.received:
+            return passage.received[result]
+        raise ValueError(
+            f"stage {self.number} ({self.names[0]} to {self.names[-1]}) did not call {result[0]}, which the example "
+            "inputs did: what a forward does may depend on its inputs, but not, between blocks of several stages, on "
+            "values computed from them; choose stages= so that one stage has all of it, or compare inside a block"
+        )
+
+    def _check(self, made: Sequence[Tensor]) -> None:
+        """Raise where poison has come through, in the first runs."""
+        if not self._unchecked:
+            return
+        self._unchecked -= 1
+        if any(t.is_floating_point() and bool(t.detach().isnan().any()) for t in made):
+            raise ValueError(
+                f"stage {self.number} ({self.names[0]} to {self.names[-1]}) gives NaN: either the model does, which "
+                "pipeline=1 will show, or its forward took another way than for the example inputs and used what only "
+                "an earlier stage has; then give example= inputs like those of training"
+            )
+
+    def _grown(
+        self,
+        name: str,
+        bone: nn.Module,
+        shadow: nn.Module,
+        anatomy: Anatomy,
+        weights: frozenset[str],
+        units: dict[str, nn.Module],
+    ) -> nn.Module:
+        """A copy of `bone` whose units are behind gates. Parameters are the same objects."""
+        grown = _twin(bone)
+        for leaf, child in bone._modules.items():
+            path = f"{name}.{leaf}".lstrip(".")
+            below = shadow._modules[leaf]
+            if child is None:
+                grown._modules[leaf] = None
+            elif path in anatomy.bones:
+                grown._modules[leaf] = self._grown(path, child, below, anatomy, weights, units)
+            else:
+                unit = anatomy.aliases.get(path, path)
+                if unit not in units:
+                    units[unit] = self._unit(unit, child, below, unit in weights)
+                grown._modules[leaf] = units[unit]
+        return grown
+
+    def _unit(self, name: str, unit: nn.Module, shadow: nn.Module, weighs: bool) -> nn.Module:
+        if self.number not in self._homes.get(name, (0,)) and not weighs:
+            return _StandIn(name, self, shadow, unit)
+        own = _clone(unit)
+        forward, poison = own.forward, _Poison(shadow)
+        # An attribute of this object, not a wrapper around it: names of parameters stay those of the unsplit module.
+        own.forward = lambda *args, **kwargs: self.answer(name, forward, poison, args, kwargs)
+        return own
+
+
+class _StandIn(nn.Module):
+    """In the place of a unit that is never called on this stage; it has no parameters."""
+
+    def __init__(self, name: str, stage: SkeletonStage, shadow: nn.Module, unit: nn.Module) -> None:
+        super().__init__()
+        self._poison = _Poison(shadow)
+        # In a tuple, so that nothing becomes a submodule. The user's forward may ask a unit for its attributes.
+        self._asked = (name, stage, shadow)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        name, stage, _ = self._asked
+        return stage.answer(name, None, self._poison, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["_asked"][2], name)
+            return _nan(value) if isinstance(value, Tensor) else value
+
+
+class _Poison:
+    """Results of a unit that nobody may use: the right structure and shapes, and NaN in them."""
+
+    def __init__(self, shadow: nn.Module) -> None:
+        self._shadow = (shadow,)
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        (shadow,) = self._shadow
+        device = next((t.device for t in tensors((args, kwargs)) if not t.is_meta), torch.device("cpu"))
+        try:
+            with torch.no_grad():
+                output = shadow(*_meta(args), **_meta(kwargs))
+        except Exception:  # it looks at values: what comes in tells the shape of what goes out, as for most blocks
+            return _nan(next(iter(tensors((args, kwargs)))))
+        structure, shapes = pack(output)
+        return unpack(structure, [_nan(t, device) for t in shapes])
+
+
+def _meta(value: Any) -> Any:
+    return mapped(value, lambda t: t.to("meta"))
+
+
+def _nan(like: Tensor, device: torch.device | None = None) -> Tensor:
+    """NaN, or for whole numbers zeros, of the shape and dtype of `like`."""
+    fill = torch.nan if like.is_floating_point() or like.is_complex() else 0
+    device = like.device if device is None else device
+    return torch.full(like.shape, fill, dtype=like.dtype, device="cpu" if device.type == "meta" else device)
+
+
+def _clone(unit: nn.Module, done: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A copy of `unit` with the same parameters, buffers and axes: another stage has a copy of its own."""
+    done = {} if done is None else done
+    if id(unit) not in done:
+        done[id(unit)] = clone = _twin(unit)
+        clone._modules = {n: None if child is None else _clone(child, done) for n, child in unit._modules.items()}
+    return done[id(unit)]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another object with the same attributes, parameters and buffers, and no children yet."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(vars(module))  # copy.copy refuses parametrized modules
+    twin._parameters, twin._buffers, twin._modules = dict(module._parameters), dict(module._buffers), {}
+    return twin

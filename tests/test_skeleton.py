@@ -1,0 +1,226 @@
+"""Unmodified modules cut by their own forward: stages one after another, in one process, equal the whole module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hybridpar.microbatch import call
+from hybridpar.skeleton.anatomy import dissect
+from hybridpar.skeleton.cut import Skeleton
+from hybridpar.skeleton.freight import pack, tensors, unpack
+
+WIDTH = 6
+
+
+class Loop(nn.Module):
+    """Blocks in a list, called in order; `glue` says what is done between them."""
+
+    def __init__(self, glue: Callable[[Any, nn.Module, list[Any]], Any] | None = None, depth: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(depth))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.glue = glue or (lambda x, block, before: block(x))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, before = self.embed(ids), []
+        for block in self.blocks:
+            before.append(x)
+            x = self.glue(x, block, before)
+        return F.linear(self.norm(x * self.scale), self.embed.weight)  # tied by hand
+
+
+def through(module: nn.Module, batch: Any, stages: int, example: Any = None) -> tuple[Any, list[nn.Module]]:
+    """The output of `module` cut into `stages`, each of which gets what the one before it gives."""
+    skeleton = Skeleton(module, stages, batch if example is None else example)
+    count = len(skeleton.labels)
+    cut = skeleton.stages(module, [*range(stages), count])
+    passed: Any = batch
+    for stage in cut:
+        passed, _ = stage(passed, {}, batch)
+    return passed, cut
+
+
+def residual(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+    return x + block(x)
+
+
+def far_skip(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+    return block(x) + before[0] if len(before) == 5 else block(x)
+
+
+def joined(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+    return block(torch.cat([x, before[0]], -1)[..., WIDTH:] * x) if len(before) > 2 else block(x)
+
+
+def in_place(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+    y = block(x).clone()
+    y[:, 0] = before[-1][:, 0]
+    return y.add_(before[0])
+
+
+def recomputed(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False)
+
+
+GLUES = [None, residual, far_skip, joined, in_place, recomputed]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+@pytest.mark.parametrize("glue", GLUES, ids=lambda glue: getattr(glue, "__name__", "plain"))
+def test_stages_of_an_unmodified_forward_equal_the_whole_module(glue: Any, stages: int) -> None:
+    torch.manual_seed(0)
+    module, ids = Loop(glue, depth=5).double(), torch.randint(0, 20, (3, 4))
+    whole = copy.deepcopy(module)
+    expected = whole(ids)
+    expected.square().sum().backward()
+    output, _ = through(module, ids, stages)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    output.square().sum().backward()
+    for (name, p), q in zip(module.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_stage_holds_the_parameters_of_its_own_units_only() -> None:
+    module = Loop(residual)
+    _, stages = through(module, torch.randint(0, 20, (3, 4)), 3)
+    held = [{name for name, _, _ in stage.named()} for stage in stages]
+    assert held[1] == {"scale", "blocks.0.0.weight", "blocks.0.0.bias"}  # parameters of bones are everywhere
+    assert "embed.weight" in held[0] & held[2], "the head multiplies by it"
+    assert {name for names in held for name in names} == set(dict(module.named_parameters()))
+
+
+def test_a_module_that_is_called_again_and_again_is_cut_between_its_calls() -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.groups = nn.Linear(WIDTH, WIDTH), nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(4):
+                x = self.groups[0](x).tanh()
+            return x
+
+    module, x = Again().double(), torch.randn(2, WIDTH, dtype=torch.float64)
+    output, stages = through(module, x, 3)
+    torch.testing.assert_close(output, module(x), rtol=0, atol=0)
+    assert all("groups.0.weight" in {name for name, _, _ in stage.named()} for stage in stages[1:])
+
+
+def test_an_encoder_s_result_travels_to_every_later_block() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))})
+            self.decoder = nn.ModuleList(nn.Bilinear(WIDTH, WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+            for layer in self.encoder["layers"]:
+                source = layer(source)
+            for layer in self.decoder:
+                target = layer(target, source).sin()
+            return {"logits": target, "source": source}
+
+    module = Pair().double()
+    batch = {"source": torch.randn(2, WIDTH).double(), "target": torch.randn(2, WIDTH).double()}
+    output, stages = through(module, batch, 5)
+    torch.testing.assert_close(output, call(module, batch), rtol=0, atol=0)
+    assert ("encoder.layers.1", 0) in stages[3]._leaving
+
+
+def test_another_way_than_on_the_example_is_noticed() -> None:
+    class Turns(Loop):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = first = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x + first if len(ids) > 2 else x)
+
+    with pytest.raises(ValueError, match="gives NaN: either the model does.*example= inputs like those of training"):
+        through(Turns(), torch.randint(0, 20, (3, 4)), 3, example=torch.randint(0, 20, (2, 4)))
+
+
+def test_a_forward_may_look_at_its_inputs_and_inside_a_block_at_anything() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) if float(x.detach().sum()) > 0 else self.linear(-x)
+
+    class Masked(Loop):
+        def __init__(self) -> None:
+            super().__init__(residual)
+            self.blocks = nn.ModuleList(Looks() for _ in range(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids.clamp(max=7)) if bool((ids > 7).any()) else super().forward(ids)
+
+    module, ids = Masked().double(), torch.randint(0, 20, (3, 4))
+    output, _ = through(module, ids, 4)
+    torch.testing.assert_close(output, module(ids), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_reentrant_checkpoint_which_would_lose_gradients_is_refused() -> None:
+    def reentrant(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+        return checkpoint(block, x, use_reentrant=True)
+
+    module, ids = Loop(reentrant), torch.randint(0, 20, (3, 4))
+    skeleton = Skeleton(module, 2, ids)
+    first, last = skeleton.stages(module, [0, 3, len(skeleton.labels)])
+    passed, _ = first(ids, {}, ids)
+    structure, *moving = passed
+    with pytest.raises(ValueError, match="would lose those of the stages before; checkpoint with use_reentrant=False"):
+        last((structure, *(t.detach().requires_grad_() for t in moving)), {}, ids)
+
+
+def test_a_cut_inside_a_checkpoint_is_refused() -> None:
+    output, _ = through(Loop(recomputed, depth=2), torch.randint(0, 20, (3, 4)), 4)  # blocks of two layers are opened
+    with pytest.raises(ValueError, match="recomputed by a checkpoint on stage .*use stages= to cut"):
+        output.sum().backward()
+
+
+def test_a_turn_that_depends_on_what_another_stage_computed_is_refused() -> None:
+    def turn(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+        return block(x) if float(x.detach().sum()) > -1e9 else x
+
+    with pytest.raises(ValueError, match="did not call blocks|gives NaN"):
+        through(Loop(turn), torch.randint(0, 20, (3, 4)), 3)
+
+
+def test_what_cannot_be_watched_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="Linear cannot be cut into pipeline stages: it has no nn.ModuleList"):
+        Skeleton(nn.Linear(2, 2), 2, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"Loop names no chain.*example=inputs"):
+        Skeleton(Loop(), 2)
+    with pytest.raises(ValueError, match=r"Loop could not be watched while it ran on the example inputs"):
+        Skeleton(Loop(), 2, torch.zeros(1, 2, 3))
+
+
+def test_lists_within_blocks_are_opened_where_there_are_too_few_blocks() -> None:
+    nested = nn.ModuleDict({"stages": nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))})
+    assert dissect(nested, 2).blocks == {"stages.0", "stages.1"}
+    assert dissect(nested, 3).blocks == {f"stages.{i}.{j}" for i in range(2) for j in range(2)}
+
+
+def test_any_structure_travels_as_tensors_and_the_rest() -> None:
+    x, y = torch.ones(2), torch.zeros(3)
+    value = {"a": (x, [y, x]), "n": 3, "none": None}
+    structure, moving = pack(value)
+    assert [id(t) for t in moving] == [id(x), id(y)]
+    again = unpack(structure, moving)
+    assert again["a"][1][1] is x and again["n"] == 3 and len(tensors(again)) == 3
+    with pytest.raises(ValueError, match="a function is handed from one pipeline stage to the next"):
+        pack(lambda: None)
