@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
+import hybridpar as hp
+from hybridpar.models.speech import SpeechRecogniser
 from hybridpar.seeds import Draw
 from hybridpar.shard import balanced
+from hybridpar.split import Stage
 from hybridpar.tensor.gates import Options
 from hybridpar.tensor.plan import apply
 from hybridpar.tensor.ragged import Rows
@@ -22,6 +25,7 @@ from hybridpar.tensor.recurrent import Recurrent, unstack, unstacked
 from hybridpar.wires.axis import Alone, Axis
 from tests.against_one import CLOSE, compare, made, numbers, tensor_axis, whole
 from tests.ranks import ranks
+from tests.test_engine import trained
 
 ALONE = Alone("tensor")
 LENGTHS = [4, 6, 2, 6, 1]  # of five sequences, in no order
@@ -257,6 +261,18 @@ def test_wrong_inputs_are_told_what_is_expected() -> None:
             rnn(*started)
 
 
+@ranks(2, 4)
+def test_a_recogniser_of_packed_speech_trains_as_in_one_process(rank_count: int) -> None:
+    mesh = hp.init(tensor=2, pipeline=rank_count // 2)
+    inputs = [(numbers(6, 5, 4, seed=s), torch.tensor([5, 2, 3, 5, 1, 4]).roll(s)) for s in range(2)]
+    targets = [torch.arange(6).roll(s) % 3 for s in range(2)]
+    plan = {"layers.*.lstm": "recurrent"}
+    trained(
+        lambda: SpeechRecogniser(4, 3, 10, depth=3), mesh, inputs, targets, loss=nn.functional.cross_entropy, plan=plan
+    )
+    mesh.close()
+
+
 # ---- layers over the pipeline
 
 
@@ -309,6 +325,12 @@ def test_the_units_of_a_chain_have_the_layers_of_its_recurrences_among_them() ->
     names = [f"{unit}.{name}" for unit, module in units for name, _ in module.named_parameters()]
     plain = nn.ModuleDict({"front": front, "rnn": rnn, "one": one})
     assert names == [name for name, _ in plain.named_parameters()]
+    stages, x = (Stage(0, units[:2]), Stage(1, units[2:4])), torch.randn(5, 2, 3)
+    value: Any = (x,)
+    for stage in stages:
+        value, _ = stage(value, {})
+    torch.testing.assert_close(flat(value), flat(rnn(front(x))))
+    assert names[2:] == [name for stage in stages for name, *_ in stage.named()][2:] + names[14:]
     with pytest.raises(ValueError, match="rnn, layer 1: .* takes a padded batch of 3 dims"):
         units[2][1](torch.zeros(5, 4))
 
