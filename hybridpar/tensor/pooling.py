@@ -26,11 +26,9 @@ from hybridpar.tensor.rows import total
 
 
 def _max_pool(region: Region, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
     defaults = {"padding": 0, "dilation": 1, "ceil_mode": False}
-    x, kernel, stride, padding, dilation, ceil, indices = bound(args, kwargs, names, defaults)
-    if indices:
-        region.refuse("the indices of a max pool")
+    x, kernel, stride, padding, dilation, ceil = bound(args, kwargs, names, defaults)
     n = int(func.__name__[8])
     rows = region.rows(x)
     at = place(region, x, rows, n)
@@ -104,9 +102,7 @@ def counts(window: Window, length: int, include: bool, first: int, stop: int) ->
 
 def _adaptive(region: Region, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """To one row: whole. To more: cut, each a mean of the rows that torch chooses."""
-    x, size, indices = bound(args, kwargs, ("input", "output_size", "return_indices"), {})
-    if indices:
-        region.refuse("the indices of a max pool")
+    x, size = bound(args, kwargs, ("input", "output_size"), {})
     n, rows = int(func.__name__[-2]), region.rows(x)
     at = place(region, x, rows, n)
     size = [size] * n if size is None or isinstance(size, int) else list(size)

@@ -52,7 +52,7 @@ class Region(TorchFunctionMode):
         self._forward, self._rules = module.forward, rules
         self._module = module
         self._inside: list[str] = []  # the names of the modules that are running
-        self._running = False
+        self._running = self._asleep = False
         self._kept: set[int] = set()
         for local, child in module.named_modules():
             if child is not module:
@@ -66,7 +66,7 @@ class Region(TorchFunctionMode):
         if first is None or first.dim() < 3:
             found = "no tensor" if first is None else f"one of shape {list(first.shape)}"
             raise ValueError(f'{self.name}: style "space" cuts inputs [b, c, rows, ..], and {found} came in')
-        self._inside, self._running = [self.name], True
+        self._inside, self._running, self._asleep = [self.name], True, False
         self._kept = {id(x) for x in self._module.buffers()}
         args, kwargs = _mapped((args, kwargs), lambda x: self._come(x, first.dim()))
         try:
@@ -78,6 +78,8 @@ class Region(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._asleep:
+            return func(*args, **kwargs)
         name = _name(func)
         cut = False
         for x in _tensors((args, kwargs)):
@@ -95,6 +97,9 @@ class Region(TorchFunctionMode):
         """How `x` is cut; None if it is whole."""
         if not isinstance(x, Tensor):
             return None
+        function = getattr(x.grad_fn, "_forward_cls", None)
+        if function is not None and not function.__module__.startswith("hybridpar."):
+            self.refuse(f"the autograd function {function.__name__}, whose backward would see the rows here only,")
         if hasattr(x, _MARK):
             return getattr(x, _MARK)
         if not isinstance(x, nn.Parameter) and id(x) not in self._kept and x.dim():
@@ -140,6 +145,25 @@ class Region(TorchFunctionMode):
         raise ValueError(
             f'{at or "the model itself"}: {what} is not known to style "space"; leave it out of the region'
         )
+
+    def let(self, child: nn.Module, see: Callable[[Tensor, Rows | None], None]) -> None:
+        """Let `child`, of one tensor, work on the rows here by itself; `see` is told its input and how that is cut.
+
+        Its output is cut like its input.
+        """
+        found: list[Rows | None] = []
+
+        def before(_: nn.Module, args: tuple) -> None:
+            found.append(self.rows(args[0]))
+            see(args[0], found[-1])
+            self._asleep = True
+
+        def after(_: nn.Module, args: tuple, out: Tensor) -> None:
+            self._asleep = False
+            self.cut(out, found.pop())
+
+        child.register_forward_pre_hook(before)
+        child.register_forward_hook(after)
 
     # ---- in and out
 

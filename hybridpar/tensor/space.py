@@ -8,12 +8,15 @@ Parameters are whole on each index; their gradients are summed over the axis. `r
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from hybridpar.seeds import Draw
+from hybridpar.shard import Range
 from hybridpar.tensor.convolution import CONVOLUTIONS
+from hybridpar.tensor.dropout import Dropout
 from hybridpar.tensor.pointwise import POINTWISE
 from hybridpar.tensor.pooling import POOLS
-from hybridpar.tensor.region import Region, Rule
+from hybridpar.tensor.region import Region, Rows, Rule
 from hybridpar.tensor.resampling import RESAMPLING
 from hybridpar.tensor.statistics import STATISTICS
 from hybridpar.wires.axis import Axis
@@ -41,8 +44,8 @@ def unknown(module: nn.Module, name: str = "") -> str | None:
     return None
 
 
-def shard(module: nn.Module, axis: Axis, name: str = "region") -> None:
-    """Have `module` run on rows from now on; it keeps its parameters.
+def shard(module: nn.Module, axis: Axis, name: str = "region", draw: Draw | None = None) -> None:
+    """Have `module` run on rows from now on; it keeps its parameters. With `draw` its dropouts draw their masks there.
 
     ValueError where it holds something that has no rule, or a region already.
 
@@ -59,4 +62,40 @@ def shard(module: nn.Module, axis: Axis, name: str = "region") -> None:
         if "forward" in vars(child):
             full = ".".join(filter(None, (name, local)))
             raise ValueError(f'{full} has the style "space" already, and so {name} cannot have it around it')
-    module.forward = Region(module, axis, RULES, name).run
+    region = Region(module, axis, RULES, name)
+    if draw is not None:
+        _mask(module, region, name, draw)
+    module.forward = region.run
+
+
+class _Here:
+    """Which part of a whole tensor a dropout sees; noted before it runs."""
+
+    dim = -1
+
+    def __init__(self, region: Region) -> None:
+        self._region, self._ranges = region, ()
+
+    def see(self, x: Tensor, rows: Rows | None) -> None:
+        self.dim = -1 if rows is None else rows.dim
+        self._ranges = ((0, x.shape[-1]),) if rows is None else (self._region.held(rows),)
+
+    def ranges(self, held: int) -> tuple[Range, ...]:
+        return self._ranges
+
+
+def _mask(module: nn.Module, region: Region, name: str, draw: Draw) -> None:
+    """Put dropouts whose masks do not depend on the layout in the places of torch's."""
+    done: dict[int, Dropout] = {}
+    for local, child in [*module.named_modules(remove_duplicate=False)]:
+        whole_channels = isinstance(child, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+        if not local or not isinstance(child, nn.Dropout) and not whole_channels:
+            continue
+        if id(child) not in done:
+            here = _Here(region)
+            site = ".".join(filter(None, (name, local)))
+            done[id(child)] = Dropout(child.p, site, draw, None if whole_channels else here, whole_channels)
+            done[id(child)].train(child.training)
+            region.let(done[id(child)], here.see)
+        above, _, leaf = local.rpartition(".")
+        setattr(module.get_submodule(above), leaf, done[id(child)])
