@@ -122,7 +122,7 @@ def _replace(
         above, _, leaf = local.rpartition(".")
         parent = root.get_submodule(above)
         if not local and styles.get(name) == "space":
-            space.shard(child, axis, name)
+            space.shard(child, axis, name, draw)
         if not local or getattr(parent, leaf) is not child:
             continue  # the root, or its parent has dealt with it
         if id(child) not in done:

@@ -160,7 +160,7 @@ def _conv_norm(site: Site) -> nn.Module:
 
 
 def _space(site: Site) -> nn.Module:
-    space.shard(site.module, site.axis, site.name)
+    space.shard(site.module, site.axis, site.name, site.draw)
     return site.module
 
 
