@@ -41,7 +41,7 @@ def held(stages: Iterable[Stage | SkeletonStage], applied: Applied) -> dict[str,
         for unit, module in parts:
             for local, x in module.named_buffers(remove_duplicate=False):
                 name = f"{unit}.{local}" if unit else local
-                found[name] = (x, applied.specs.get(name, Spec(name, tuple(x.shape))))
+                found[name] = (x, applied.buffers.get(name, Spec(name, tuple(x.shape))))
     return found
 
 

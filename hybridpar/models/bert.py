@@ -134,9 +134,13 @@ class BERT(nn.Module):
         self.embed = Embed(vocabulary, context, width, dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, pre_norm) for _ in range(depth))
         self.head = Head(width, vocabulary)
-        self.apply(_small)
+        self.reset_parameters()
         if tied:
             self.head.decode.weight = self.embed.token.weight
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, from a normal distribution."""
+        self.apply(_small)
 
     def forward(self, ids: Tensor) -> Tensor:  # [b, l] -> [b, l, v]
         x = self.embed(ids)

@@ -81,6 +81,10 @@ class ResNet(nn.Module):
             shapes[i * depth] = (widths[i - 1], widths[i], 2)
         self.blocks = nn.ModuleList(Block(before, channels, stride, norm) for before, channels, stride in shapes)
         self.head = Head(widths[-1], classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions' weights anew."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
