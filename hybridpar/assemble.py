@@ -28,6 +28,7 @@ from hybridpar.seeds import Draw
 from hybridpar.skeleton.cut import Skeleton
 from hybridpar.skeleton.stage import SkeletonStage
 from hybridpar.split import Chain, Stage
+from hybridpar.tensor.derive import Derived, derive
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
@@ -85,7 +86,7 @@ def parallelize(
     pieces = _pieces(module, len(homes), chain, example)
     bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     draw = Draw(mesh.seed)
-    plan = plan if plan is not None else getattr(module, "tensor_plan", {})
+    plan = _plan(module, plan, mesh.tensor.size, sequence)
     applied = apply(module, plan, mesh.tensor, draw, sequence)
     all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
@@ -105,7 +106,7 @@ def parallelize(
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
-        report=_report(all_stages, homes, spent, bounds, applied, mesh),
+        report=_report(all_stages, homes, spent, bounds, applied, plan, mesh),
     )
     listener().parallelized(model)
     return model
@@ -131,6 +132,19 @@ def _hash(t: torch.Tensor) -> int:
         return 0
     flat = t.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+
+
+def _plan(module: nn.Module, plan: Mapping[str, str] | None, tensor: int, sequence: bool) -> Mapping[str, str]:
+    """What is cut over the tensor axis: what the user says, else the module, else what is sure to be right."""
+    plan = plan if plan is not None else getattr(module, "tensor_plan", None)
+    if plan is not None or tensor == 1:
+        return plan or {}
+    if sequence:
+        raise ValueError(
+            f"sequence=True needs a tensor plan that says what sees a piece of the tokens, and {type(module).__name__} "
+            "brings none: give plan={...}, or leave sequence out"
+        )
+    return derive(module, tensor)
 
 
 def _pieces(module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any) -> Chain | Skeleton:
@@ -230,6 +244,7 @@ def _report(
     costs: Sequence[float],
     bounds: Sequence[int],
     applied: Applied,
+    plan: Mapping[str, str],
     mesh: World,
 ) -> str:
     """How the model was cut, in words."""
@@ -242,5 +257,6 @@ def _report(
         place = f"  stage {s} on pipeline index {homes[s]}"
         lines.append(f"{place}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
     if mesh.tensor.size > 1:
-        lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
+        why = plan.reasons if isinstance(plan, Derived) else ()
+        lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in (*why, *applied.replicated)]
     return "\n".join(lines)
