@@ -125,7 +125,7 @@ def _adaptive(region: Region, func: Callable[..., Any], args: tuple, kwargs: dic
     (begin, _), (first, stop) = reads[region.axis.index][0], balanced(length, region.axis.size)[region.axis.index]
     means = [x.narrow(rows.dim, a - begin, b - a).mean(rows.dim, keepdim=True) for a, b in bins[first:stop]]
     x = torch.cat(means, rows.dim) if means else x
-    size[at] = None
+    size[at] = x.shape[rows.dim]
     shape = [s or h for s, h in zip(size, x.shape[2:])]
     out = func(x, tuple(size)) if means else nothing(x, (*x.shape[:2], *shape[:at], 0, *shape[at + 1 :]))
     return region.cut(out, Rows(rows.dim, length))
