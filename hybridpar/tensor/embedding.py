@@ -31,7 +31,7 @@ class VocabularyEmbedding(nn.Module):
         self, embedding: nn.Embedding, axis: Axis, sequence: Sequence | None = None, name: str = "embedding"
     ) -> None:
         super().__init__()
-        _check(embedding, "vocabulary", name)
+        _check(embedding, "vocabulary", name, known=_scaled(embedding))
         if embedding.num_embeddings < axis.size:
             raise ValueError(
                 f"a vocabulary of {embedding.num_embeddings} cannot be cut over tensor={axis.size} at {name}; "
@@ -41,6 +41,11 @@ class VocabularyEmbedding(nn.Module):
         self.padding_idx = embedding.padding_idx
         self.axis, self.sequence, self._name = axis, sequence, name
         self.training = embedding.training
+        scale = embedding.embed_scale if _scaled(embedding) else None
+        if isinstance(scale, Tensor):
+            self.register_buffer("embed_scale", scale, persistent=False)
+        else:
+            self.embed_scale = scale
         self.weight = hold(embedding.weight, self.specs()["weight"], axis.index)
 
     def specs(self) -> dict[str, Spec]:
@@ -57,7 +62,10 @@ class VocabularyEmbedding(nn.Module):
         padding = None if self.padding_idx is None or not start <= self.padding_idx < stop else self.padding_idx - start
         x = F.embedding((ids - start).masked_fill(elsewhere, 0), self.weight, padding)
         x = x.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return collectives.sum_(x, self.axis, fresh=True) if self.sequence is None else self.sequence.scatter(x)
+        x = collectives.sum_(x, self.axis, fresh=True) if self.sequence is None else self.sequence.scatter(x)
+        if self.embed_scale is None:
+            return x
+        return x * (self.embed_scale.to(x.dtype) if isinstance(self.embed_scale, Tensor) else self.embed_scale)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)} of {self.num_embeddings}, {self.embedding_dim}"
@@ -96,8 +104,15 @@ class SequenceEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, sequence={self.sequence is not None}"
 
 
-def _check(embedding: nn.Module, style: str, name: str) -> None:
-    check_plain(embedding, nn.Embedding, style, name)
+def _scaled(embedding: nn.Module) -> bool:
+    """Whether it is one of the embeddings of Hugging Face's transformers that multiply by their `embed_scale`."""
+    kind = type(embedding)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("ScaledWordEmbedding")
+
+
+def _check(embedding: nn.Module, style: str, name: str, known: bool = False) -> None:
+    if not known:
+        check_plain(embedding, nn.Embedding, style, name)
     for option, why in (
         ("max_norm", "rows would be renormalised by whoever looks them up"),
         ("scale_grad_by_freq", "each index counts other ids"),

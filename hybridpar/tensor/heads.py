@@ -1,7 +1,7 @@
 """Attention modules of other people's code cut by whole heads, in place: their own forward computes this index's heads.
 
     q, k, v     column layers    parts: the heads of `attention.heads_held`, head_dim features each
-    fused       column layer     [queries | keys | values], or head by head, or group by group: `Heads.layout` says which
+    fused       column layer     [queries | keys | values], or group by group, as `Heads.layout` says
     out         row layer        parts: those of the queries
     counts      num_heads, num_key_value_heads, embed_dim .. where the forward reads them become this index's own
 
@@ -11,6 +11,7 @@ What may be cut so is for `hybridpar.tensor.derive.attention` to say; it reads t
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,13 +56,15 @@ class HeadEmbedding(nn.Module):
 def shard(module: nn.Module, axis: Axis, draw: Draw, name: str) -> None:
     """Cut `module` in place; `name` is its global name, for errors and as the site of its masks.
 
+    Masks that its code draws by function calls are made by the plan, with the heads `held`.
+
     ValueError where its code is not known to work on a part of the heads, or there are too few heads.
     """
     found = read(module, name)
-    held = heads_held(found.heads, found.kv_heads, axis.size, name)
-    queries = tuple((_features(q, 0, found.width),) for q, _ in held)
-    keys = tuple((_features(kv, 0, found.width),) for _, kv in held)
-    parts = {"q": queries, "k": keys, "v": keys, "fused": tuple(_fused(found, span) for span in held)}
+    spans = heads_held(found.heads, found.kv_heads, axis.size, name)
+    queries = tuple((_features(q, 0, found.width),) for q, _ in spans)
+    keys = tuple((_features(kv, 0, found.width),) for _, kv in spans)
+    parts = {"q": queries, "k": keys, "v": keys, "fused": tuple(_fused(found, span) for span in spans)}
     for role, where in found.layers.items():
         layer = module.get_submodule(where)
         if role == "out":
@@ -69,12 +72,25 @@ def shard(module: nn.Module, axis: Axis, draw: Draw, name: str) -> None:
         else:
             _put(module, where, ColumnLinear(layer, axis, parts[role], name=f"{name}.{where}"))
     for where in found.tables:
-        _put(module, where, HeadEmbedding(module.get_submodule(where), axis, tuple((q,) for q, _ in held)))
+        _put(module, where, HeadEmbedding(module.get_submodule(where), axis, tuple((q,) for q, _ in spans)))
     for where in found.probabilities:
         old = module.get_submodule(where)
-        mask = Dropout(old.p, f"{name}.{where}", draw, Held(1, (held[axis.index][0],)))
+        mask = Dropout(old.p, f"{name}.{where}", draw, Held(1, (spans[axis.index][0],)))
         _put(module, where, mask.train(old.training))
-    _count(module.get_submodule(found.core), found, held[axis.index])
+    _count(module.get_submodule(found.core), found, spans[axis.index])
+
+
+def held(module: nn.Module, axis: Axis, name: str) -> dict[str, Range]:
+    """The query heads of this index by the path of each module that sees them; before it is cut."""
+    found = read(module, name)
+    mine = heads_held(found.heads, found.kv_heads, axis.size, name)[axis.index][0]
+    return {path: mine for path in {"", found.core}}
+
+
+def inside(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> dict[str, str]:
+    """The styles of what works on single heads inside modules of style "heads": their gradients are shares."""
+    cut = [name for name, style in styles.items() if style == "heads"]
+    return {f"{name}.{path}": "partial" for name in cut for path in read(modules[name], name).partial}
 
 
 def read(module: nn.Module, name: str) -> Heads:

@@ -20,8 +20,8 @@
     space             itself, and all below it, on rows            all rows -> all rows: see `space`
 
 A `*` stands for one component of a dotted name, or a part of one; the first pattern that fits a module counts.
-"heads" and "gathered" do not go with sequence parallelism. Modules without an entry stay as they are and are reported; but every nn.Dropout becomes one whose masks do not depend
-on the layout.
+"heads" and "gathered" do not go with sequence parallelism. Modules without an entry stay as they are and are reported;
+but every nn.Dropout, and every call of F.dropout, becomes one whose masks do not depend on the layout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from torch import nn
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
 from hybridpar.tensor import attention, heads, norm, space
+from hybridpar.tensor.derive.plan import Derived
 from hybridpar.tensor.dropout import Dropout, restart
+from hybridpar.tensor.functional import mask_calls
 from hybridpar.tensor.sequence import Sequence
 from hybridpar.tensor.styles import STYLES, Channels, Layer, Site, build
 from hybridpar.wires.axis import Axis
@@ -94,9 +96,11 @@ def apply(
     rename = _renamer(names or {})
     modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
     styles = _match(plan, list(modules), everything=names is None)
-    styles |= _seeing_heads({name: child for name, (_, child) in modules.items()}, styles)
-    _refuse({name: child for name, (_, child) in modules.items()}, styles, sequence)
+    children = {name: child for name, (_, child) in modules.items()}
+    styles |= heads.inside(children, styles)
+    _refuse(children, styles, sequence)
     ties = _ties(module)
+    mask_calls(children, styles, axis, draw)
     _replace(module, modules, styles, axis, draw, Sequence(axis, draw) if sequence else None)
     specs = _specs(module, styles, rename, sequence)
     tied = _tie(module, ties, specs, rename)
@@ -104,7 +108,9 @@ def apply(
     columns = {name: spec for name, spec in found.items() if spec.dim == 0}
     called = _watch({name: module.get_submodule(modules[name][0]) for name in styles}, styles)
     specs = {name: spec for name, spec in specs.items() if name not in tied}
-    return Applied(specs, tied, _replicated(module, styles, rename), columns, called, _buffers(module, rename))
+    told = (*plan.reasons, *plan.draws) if isinstance(plan, Derived) else ()
+    replicated = (*_replicated(module, styles, rename), *told)
+    return Applied(specs, tied, replicated, columns, called, _buffers(module, rename))
 
 
 def _replace(
@@ -177,12 +183,6 @@ def _beside(styles: Mapping[str, str], name: str) -> set[str]:
     """The styles of the modules with the same parent."""
     above = name.rpartition(".")[0]
     return {style for other, style in styles.items() if other.rpartition(".")[0] == above}
-
-
-def _seeing_heads(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> dict[str, str]:
-    """The styles of what works on single heads inside modules of style "heads"."""
-    cut = [name for name, style in styles.items() if style == "heads"]
-    return {f"{name}.{inner}": "partial" for name in cut for inner in heads.read(modules[name], name).partial}
 
 
 def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequence: bool) -> None:

@@ -42,7 +42,8 @@ _COUNTS: Mapping[str, str] = {
     **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head"), "heads"),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_kv_heads"), "kv_heads"),
     **dict.fromkeys(("num_key_value_groups", "n_rep", "num_kv_groups"), "groups"),
-    **dict.fromkeys(("all_head_size", "inner_dim", "embed_dim", "hidden_size", "split_size", "d_model", "dim"), "width"),
+    **dict.fromkeys(("all_head_size", "inner_dim", "embed_dim", "hidden_size"), "width"),
+    **dict.fromkeys(("split_size", "d_model", "dim"), "width"),
 }
 _WIDTHS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
 _NUMBERS = {
@@ -118,6 +119,8 @@ def recognised(module: nn.Module) -> Heads:
     heads, kv_heads, width, layout = _sizes(module, core, layers)
     inside = {where.removeprefix(f"{core_path}.") if core_path else where for where in layers.values()}
     known = reads(core)
+    if taken := sorted(inside & known.within):
+        raise Unsure(f"its forward takes the weights of {taken[0]} itself")
     alibi = _arguments(core, known)
     parts = _children(core, core_path, inside, known, heads, width, "." in layers["out"])
     _weights(module, core, core_path, inside, parts, layers["out"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hybridpar.tensor.derive.source import Unsure, known, method, parsed, path
+from hybridpar.tensor.derive.source import Unsure, known, largest, method, parsed, path
 
 
 class State(Enum):
@@ -29,7 +29,9 @@ class State(Enum):
 
 WHOLE, CUT, HALVES = State.WHOLE, State.CUT, State.HALVES
 Value = State | tuple  # a tuple of values is one of Python's
-_METHODS = {"to", "float", "type", "type_as", "contiguous", "clamp", "clamp_", "pow", "relu", "square", "sigmoid", "tanh"}
+_METHODS = {
+    *("to", "float", "type", "type_as", "contiguous", "clamp", "clamp_", "pow", "relu", "square", "sigmoid", "tanh"),
+}
 _FUNCTIONS = {
     *("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "leaky_relu", "elu", "softplus", "mish", "hardswish"),
     *("clamp", "square", "pow", "abs", "quick_gelu", "relu6", "swish"),
@@ -112,7 +114,7 @@ class _Body:
 
     def _branches(self, node: ast.If) -> None:
         test = known(node.test, self.flow.module, self.me)
-        if _cut(self._value(node.test)):
+        if test is None and _cut(self._value(node.test)):
             raise Unsure(f"it decides by {ast.unparse(node.test)}")
         before, ends = dict(self.env), []
         for taken, body in ((True, node.body), (False, node.orelse)):
@@ -153,9 +155,12 @@ class _Body:
             return tuple(self._value(part) for part in node.elts)
         if isinstance(node, ast.Attribute) and node.attr in _DESCRIBE:
             return WHOLE
+        if isinstance(node, ast.Attribute) and (path(node, self.me) or "").rpartition(".")[0] in self.flow.layers:
+            raise Unsure(f"its forward takes {ast.unparse(node)} itself")
         if isinstance(node, ast.IfExp):
             test = known(node.test, self.flow.module, self.me)
-            found = {self._value(side) for side in (node.body,) * (test is not False) + (node.orelse,) * (test is not True)}
+            sides = (node.body,) * (test is not False) + (node.orelse,) * (test is not True)
+            found = set(map(self._value, sides))
             if len(found) == 1:
                 return found.pop()
             raise Unsure(f"what {ast.unparse(node)} gives is not known")
@@ -165,6 +170,8 @@ class _Body:
         return WHOLE
 
     def _called(self, node: ast.Call) -> Value:
+        if getattr(node.func, "id", "") in ("isinstance", "hasattr"):
+            return WHOLE
         mine, given = path(node.func, self.me), node.args
         if getattr(node.func, "id", "") == "apply_chunking_to_forward":  # of transformers: calls its first argument
             mine, given = path(node.args[0], self.me), node.args[3:]
@@ -183,9 +190,11 @@ class _Body:
         if not any(map(_cut, inputs)):
             return WHOLE
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if inputs[0] is CUT and not any(map(_cut, inputs[1:])):
-            if mine is not None and self._elementwise(mine) or mine is None and name in _FUNCTIONS:
-                return CUT
+        if name == "dropout" and mine is None and any(largest(a, self.flow.module) for a in ast.iter_child_nodes(node)):
+            raise Unsure("a function drops features between the layers")
+        first = inputs[0] is CUT and not any(map(_cut, inputs[1:]))
+        if first and (name in _FUNCTIONS if mine is None else self._elementwise(mine)):
+            return CUT
         raise Unsure(f"what {ast.unparse(node.func)} does with the features is not known")
 
     def _layer(self, name: str, inputs: list[Value]) -> Value:
@@ -213,9 +222,7 @@ class _Body:
         if isinstance(found, nn.Dropout):
             self.flow.dropouts.add(name)
             return True
-        home = type(found).__module__
-        plain = isinstance(found, nn.Identity) or home in ("torch.nn.modules.activation", "transformers.activations")
-        return plain and not isinstance(found, _MIXING) and not any(True for _ in found.parameters())
+        return elementwise(found)
 
     def _binary(self, op: ast.operator, left: ast.expr, one: Value, right: ast.expr, other: Value) -> Value:
         if not _cut(one) and not _cut(other):
@@ -235,6 +242,14 @@ class _Body:
         for part in (path(node, self.me) or "?").split("."):
             found = getattr(found, part, None)
         return isinstance(found, int | float) or (isinstance(found, Tensor) and found.dim() == 0)
+
+
+def elementwise(module: nn.Module) -> bool:
+    """Whether a module works on each element alone, without weights and without masks."""
+    home = type(module).__module__
+    plain = isinstance(module, nn.Identity) or home in ("torch.nn.modules.activation", "transformers.activations")
+    plain = plain or type(module).__name__ == "BloomGelu"
+    return plain and not isinstance(module, _MIXING) and not any(True for _ in module.parameters())
 
 
 def _cut(value: Value) -> bool:

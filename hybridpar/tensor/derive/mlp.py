@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from hybridpar.tensor.derive.flow import CUT, WHOLE, Flow
+from hybridpar.tensor.derive.flow import CUT, WHOLE, Flow, elementwise
 from hybridpar.tensor.derive.source import Unsure
 from hybridpar.tensor.linear import features
 
@@ -41,6 +41,8 @@ def pair(module: nn.Module) -> Pair | None:
         >>> pair(LlamaMLP(config)).styles                                     # doctest: +SKIP
         {'gate_proj': 'column', 'up_proj': 'column', 'down_proj': 'row'}
     """
+    if type(module) is nn.Sequential:
+        return _chain(module)
     reason = None
     for candidate, length in _candidates(module):
         try:
@@ -54,6 +56,29 @@ def pair(module: nn.Module) -> Pair | None:
     if reason is not None:
         raise reason
     return None
+
+
+def _chain(module: nn.Sequential) -> Pair | None:
+    """In a chain, each linear layer and the next one with only elementwise work between them."""
+    styles, lengths, children, sizes = {}, [], dict(module.named_children()), linears(module)
+    waiting: str | None = None  # a layer that could be a column layer, and the dropouts since then
+    dropouts: list[str] = []
+    for name, child in children.items():
+        if name in sizes and waiting is not None:
+            styles |= {waiting: "column", name: "row"} | dict.fromkeys(dropouts, "hidden dropout")
+            lengths.append(sizes[name][0])
+            waiting = None
+        elif name in sizes:
+            waiting, dropouts = name, []
+        elif isinstance(child, nn.Dropout):
+            dropouts.append(name)
+        elif not elementwise(child):
+            waiting = None
+    # "hidden dropout" takes its cut from the column layers beside it, which must be cut alike.
+    alike = len({sizes[name][1] for name, style in styles.items() if style == "column"}) == 1
+    if not styles or not alike and "hidden dropout" in styles.values():
+        return None
+    return Pair(styles, min(lengths))
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[dict[str, str], int]]:

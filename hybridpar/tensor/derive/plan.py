@@ -26,8 +26,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Derived(Mapping[str, str]):
     """A tensor plan {pattern: style}.
 
-    `reasons` are (pattern, why it stays whole) and `draws` (pattern, what it drops by a function call): those masks come
-    from torch's generator.
+    `reasons` are (pattern, why it stays whole) and `draws` (pattern, what it draws from torch's generator).
     """
 
     plan: Mapping[str, str]
@@ -104,8 +103,7 @@ def _blocks(module: nn.Module, name: str, tensor: int, found: _Found) -> None:
         try:
             pair = look(module)
         except Unsure as reason:
-            if name:
-                found.whole(name, reason)
+            found.whole(name, reason)
             continue
         if pair is None or any(_join(name, where) in found.styles for where in pair.styles):
             continue
@@ -140,7 +138,8 @@ def _rest(module: nn.Module, found: _Found) -> None:
         elif any(True for _ in child.parameters(recurse=False)):
             found.styles[name] = "whole"
             if not any(n in found.reasons for n in _around(name)) and (reason := _unpaired(child)):
-                found.whole(name, reason)
+                found.whole(name, found.reasons.get("", reason) if "." not in name else reason)
+    found.reasons.pop("", None)  # those of the module itself have gone to its layers
 
 
 def _unpaired(module: nn.Module) -> str | None:
@@ -157,10 +156,9 @@ def _unpaired(module: nn.Module) -> str | None:
 
 def _around(name: str) -> Iterator[str]:
     """The names of a module and of those around it."""
-    yield name
-    while name:
-        name = name.rpartition(".")[0]
+    while name:  # the module itself is not asked
         yield name
+        name = name.rpartition(".")[0]
 
 
 def _join(name: str, leaf: str) -> str:

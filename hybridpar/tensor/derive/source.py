@@ -39,12 +39,14 @@ _UNKNOWN = object()
 class Reads:
     """What a forward reads of its module.
 
-    `attributes` maps each to whether every read of it gives a shape; `called` are those called as self.x(..), and
-    `config` what is read of self.config. `arguments` are those of forward itself.
+    `attributes` maps each to whether every read of it gives a shape; `called` are those called as self.x(..), `within`
+    those of which something is read but a dtype or device, and `config` what is read of self.config. `arguments` are
+    those of forward itself.
     """
 
     attributes: dict[str, bool] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
+    within: set[str] = field(default_factory=set)
     config: set[str] = field(default_factory=set)
     arguments: tuple[str, ...] = ()
 
@@ -120,6 +122,16 @@ def known(node: ast.AST, module: nn.Module, me: str = "self") -> bool | None:
     return None if found is _UNKNOWN else bool(found)
 
 
+def largest(node: ast.AST, module: nn.Module, me: str = "self") -> float:
+    """The largest number in (0, 1] in an expression such as `self.p if self.training else 0.0`; 0 if there is none."""
+    found = 0.0
+    for part in ast.walk(node):
+        number = value(part, module, me) if isinstance(part, ast.Attribute | ast.Constant) else None
+        if isinstance(number, float) and 0 < number <= 1:
+            found = max(found, number)
+    return found
+
+
 def alive(tree: ast.AST, module: nn.Module, me: str = "self") -> Iterator[ast.AST]:
     """All nodes but those of branches that this module never takes."""
     yield tree
@@ -129,7 +141,8 @@ def alive(tree: ast.AST, module: nn.Module, me: str = "self") -> Iterator[ast.AS
         other = tree.orelse if isinstance(tree.orelse, list) else [tree.orelse]
         inside = [tree.test, *(body if test is not False else []), *(other if test is not True else [])]
     else:
-        inside = [c for c in ast.iter_child_nodes(tree) if not (isinstance(tree, ast.FunctionDef) and _outside(c, tree))]
+        function = isinstance(tree, ast.FunctionDef)
+        inside = [c for c in ast.iter_child_nodes(tree) if not (function and _outside(c, tree))]
     for node in inside:
         yield from alive(node, module, me)
 
@@ -154,6 +167,7 @@ def reads(module: nn.Module) -> Reads:
     if forward is None:
         raise Unsure("its forward is not a plain method")
     arguments = parsed(forward).args
+    _not_by_input(parsed(forward))
     found = Reads(arguments=tuple(a.arg for a in [*arguments.args[1:], *arguments.kwonlyargs]))
     todo, seen = [forward], set()
     while todo:
@@ -162,6 +176,24 @@ def reads(module: nn.Module) -> Reads:
             seen.add(function)
             todo += _read(function, module, found)
     return found
+
+
+def _not_by_input(tree: ast.FunctionDef) -> None:
+    """Unsure where the forward reshapes by the features of its input, which are not those of the heads held here."""
+    given = {a.arg for a in tree.args.args}
+    lengths = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and len(node.targets[0].elts) > 2:
+            shape = node.value.func if isinstance(node.value, ast.Call) else node.value
+            if isinstance(shape, ast.Attribute) and shape.attr in ("shape", "size"):
+                last = node.targets[0].elts[-1]
+                if isinstance(shape.value, ast.Name) and shape.value.id in given and isinstance(last, ast.Name):
+                    lengths.add(last.id)
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", None) in ("view", "reshape"):
+            used = {n.id for a in call.args for n in ast.walk(a) if isinstance(n, ast.Name)} & lengths
+            if used:
+                raise Unsure(f"its forward reshapes by {used.pop()}, the length of its input's last dim")
 
 
 def _read(function: FunctionType, module: nn.Module, found: Reads) -> list[FunctionType]:
@@ -191,6 +223,8 @@ def _read(function: FunctionType, module: nn.Module, found: Reads) -> list[Funct
         beyond = around[above]
         if isinstance(beyond, ast.Call) and beyond.func is above:
             found.called.add(above.attr)
+        if isinstance(beyond, ast.Attribute) and getattr(around[beyond], "attr", None) not in ("dtype", "device"):
+            found.within.add(above.attr)
         found.attributes[above.attr] = found.attributes.get(above.attr, True) and _shapes(above, around)
     return onward
 
