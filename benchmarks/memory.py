@@ -9,6 +9,7 @@ back in between (proc(5), clear_refs). A mesh's figure is that of its largest ra
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,19 +54,16 @@ def _family(name: str) -> dict[str, Any]:
 
 def _launch(name: str, tensor: int, pipeline: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.memory", "--rank", f"{name},{tensor},{pipeline}"]
-    ready = {**mpi.settings(_inherited(), *environment()), "OMP_NUM_THREADS": "1"}
+    ready = {**mpi.settings(os.environ, *environment()), "OMP_NUM_THREADS": "1"}
     line = mpi.mpirun(tensor * pipeline, command)
-    done = subprocess.run(line, env=ready, capture_output=True, text=True, timeout=SECONDS, check=False)
+    try:
+        done = subprocess.run(line, env=ready, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"refused": f"not done after {SECONDS} s"}
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not told:
         return {"refused": next((line for line in done.stderr.splitlines() if "Error" in line), done.stderr[-300:])}
     return told[0]
-
-
-def _inherited() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def _measure(name: str, tensor: int, pipeline: int) -> None:
@@ -99,7 +97,8 @@ def _train(family: Any, mesh: Any, small: bool) -> tuple[int, int]:
         module = family.build(small)
     count = sum(p.numel() for p in module.parameters())
     inputs, targets = family.batch()
-    model = hp.parallelize(module, mesh, family.loss(), weights=1, example=inputs if mesh.pipeline.size > 1 else None)
+    watched = inputs if mesh.pipeline.size > 1 and not hasattr(module, "chain") else None
+    model = hp.parallelize(module, mesh, family.loss(), weights=1, example=watched)
     optimizer = hp.DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     for _ in range(3):
         model.train_step((inputs, targets), microbatches=4)

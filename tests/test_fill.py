@@ -420,9 +420,9 @@ mesh.close()
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 2)])
 def test_a_model_too_big_for_one_process_trains_on_a_mesh(tensor: int, pipeline: int, tmp_path: Path) -> None:
-    """29 million parameters: 118 MB, four times that with gradients and AdamW's state, beside 590 MB of torch (75 of them
-    for its meta device), MPI and reserved stacks. The limit is on private writable memory (setrlimit(2), RLIMIT_DATA):
-    Linux does not enforce one on resident memory, and one on addresses counts libraries and files."""
+    """29 million parameters: 118 MB, four times that with gradients and AdamW's state, beside 590 MB of torch (75 its
+    meta device), MPI and reserved stacks. The limit is on private writable memory (setrlimit(2), RLIMIT_DATA): Linux
+    does not enforce one on resident memory, and one on addresses counts libraries and files."""
     body = _LIMITED.replace("TENSOR", str(tensor)).replace("PIPELINE", str(pipeline))
     job = run(tmp_path, body, ranks=tensor * pipeline, seconds=200)
     if tensor * pipeline == 1:
