@@ -30,6 +30,7 @@ from hybridpar.skeleton.stage import SkeletonStage
 from hybridpar.split import Chain, Stage
 from hybridpar.tensor.derive import Derived, derive
 from hybridpar.tensor.plan import Applied, apply
+from hybridpar.tensor.recurrent import unstacked
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
 
@@ -83,9 +84,9 @@ def parallelize(
         build(schedule, 1, 1, chunks)  # refuses here what it would refuse on many ranks
         schedule, chunks = "1f1b", 1  # one rank, one stage
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
-    pieces = _pieces(module, len(homes), chain, example)
-    bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     draw = Draw(mesh.seed)
+    pieces = _pieces(module, len(homes), chain, example, draw)
+    bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     plan = _plan(module, plan, mesh.tensor.size, sequence)
     applied = apply(module, plan, mesh.tensor, draw, sequence)
     all_stages = pieces.stages(module, bounds)
@@ -147,10 +148,12 @@ def _plan(module: nn.Module, plan: Mapping[str, str] | None, tensor: int, sequen
     return derive(module, tensor)
 
 
-def _pieces(module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any) -> Chain | Skeleton:
+def _pieces(
+    module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any, draw: Draw
+) -> Chain | Skeleton:
     """How the module can be cut: by its chain, if it or the user names one, else by watching its forward."""
     if stages == 1 or chain is not None or isinstance(module, nn.Sequential) or hasattr(module, "chain"):
-        return Chain(module, stages, chain)
+        return Chain(module, stages, chain, lambda units: unstacked(units, draw))
     return Skeleton(module, stages, example)
 
 

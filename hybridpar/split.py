@@ -10,7 +10,7 @@ nothing to cut: the module runs its own forward.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -69,11 +69,18 @@ class Stage(nn.Module):
 class Chain:
     """How a module that names its chain can be cut into `stages`; one stage is the module itself, chain or not.
 
-    `labels` are the parts, `costs` an estimate for each.
+    `labels` are the parts, `costs` an estimate for each. `opened` takes the units and returns them with those taken
+    apart that can be cut inside (the layers of a recurrence).
     """
 
-    def __init__(self, module: nn.Module, stages: int, chain: Sequence[str] | None = None) -> None:
-        self._chain, self._whole = chain, stages == 1
+    def __init__(
+        self,
+        module: nn.Module,
+        stages: int,
+        chain: Sequence[str] | None = None,
+        opened: Callable[[list[Unit]], list[Unit]] = list,
+    ) -> None:
+        self._chain, self._whole, self._opened = chain, stages == 1, opened
         self._units = self._cut(module)
         self.labels = [name for name, _ in self._units]
         self.costs = estimated_costs(self._units)
@@ -88,7 +95,7 @@ class Chain:
         return [Stage(s, found[a:b]) for s, (a, b) in enumerate(pairwise(bounds))]
 
     def _cut(self, module: nn.Module) -> list[Unit]:
-        return [("", module)] if self._whole else units(module, self._chain)
+        return [("", module)] if self._whole else self._opened(units(module, self._chain))
 
 
 def units(module: nn.Module, chain: Sequence[str] | None = None) -> list[Unit]:
