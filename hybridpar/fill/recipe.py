@@ -52,8 +52,7 @@ class Recipes:
     """All entries by name, the other names of shared tensors ({other: first}), and the skeleton.
 
     Example:
-        >>> with torch.device("meta"):
-        ...     recipes = record(nn.Sequential(nn.Linear(4, 2), nn.ReLU()))
+        >>> recipes = record(nn.Sequential(nn.Linear(4, 2, device="meta"), nn.ReLU()))
         >>> recipes.entries["0.weight"].shape, recipes.empty
         ((2, 4), ('0.weight', '0.bias'))
     """
