@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybridpar.global_view import everywhere, take, wholes
+from hybridpar.global_view import everywhere, gather, take, wholes
 from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
@@ -263,8 +263,10 @@ class ParallelModel:
         state = wholes(dict(self.named_parameters()), self._homes, self._applied.specs, world)
         state |= {name: state[first] for name, first in self._applied.tied.items()}
         for name, home in self._buffers.items():
-            source = world.mesh.rank(0, home, 0)
-            one = everywhere(kept.get(name), source, world.replica, world.device)
+            source, x = world.mesh.rank(0, home, 0), kept.get(name)
+            if x is not None and name in self._applied.buffers:
+                x = gather(x, self._applied.buffers[name], world.tensor)
+            one = everywhere(x, source, world.replica, world.device)
             state[name] = world.peers.broadcast(one, 0).cpu()
         return state
 
@@ -280,8 +282,8 @@ class ParallelModel:
         Raises ValueError where one is missing or of another shape.
         """
         listener().loads(self, state)
-        specs = self._applied.specs
-        kept = {name: (x, Spec(name, tuple(x.shape))) for name, x in self._kept().items()}
+        specs, cut = self._applied.specs, self._applied.buffers
+        kept = {name: (x, cut.get(name, Spec(name, tuple(x.shape)))) for name, x in self._kept().items()}
         for name, (x, spec) in ({name: (p, specs[name]) for name, p in self.named_parameters()} | kept).items():
             if name not in state:
                 raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
