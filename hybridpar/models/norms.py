@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-GROUPS = 4
+GROUPS = 8
 _BATCH = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 

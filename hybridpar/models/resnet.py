@@ -5,6 +5,9 @@
             +-------- shortcut: 1 x 1, where the shape changes -------+
         x --+-- 3 x 3, stride --- norm --- relu --- 3 x 3 --- norm ---+-- relu
 
+`tensor_plan` says which parts can be cut over the tensor axis (here: the channels between the two convolutions of a
+block), and `chain` in which order the parts call each other. Both are data, read by `hybridpar.parallelize`.
+
 The first block of each width but the first halves height and width. `norm` is "batch" or "group": see `models.norms`.
 
 b batch, c channels, h height, w width, k classes.
@@ -69,6 +72,13 @@ class ResNet(nn.Module):
         torch.Size([2, 10])
     """
 
+    tensor_plan = {
+        "blocks.*.conv1": "conv column",
+        "blocks.*.norm1": "conv norm",
+        "blocks.*.conv2": "conv row",
+        "blocks.*.norm2": "whole",
+        "blocks.*.shortcut": "whole",
+    }
     chain = ("stem", "blocks.*", "head")
 
     def __init__(

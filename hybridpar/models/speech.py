@@ -5,6 +5,9 @@
 Utterances differ in length: they come padded, with their lengths, and are packed for the LSTMs, so padding never enters
 a sum. The parts pass (x, lengths) on to one another, so that the pipeline can cut between any two.
 
+`tensor_plan` cuts the LSTMs over the tensor axis by hidden units. It and `chain` are data, read by
+`hybridpar.parallelize`.
+
 b batch, t frames, m mel bands, d width, k classes.
 """
 
@@ -62,6 +65,7 @@ class SpeechRecogniser(nn.Module):
         torch.Size([2, 10])
     """
 
+    tensor_plan = {"layers.*.lstm": "recurrent"}
     chain = ("front", "layers.*", "head")
 
     def __init__(self, bands: int, words: int, width: int, depth: int, dropout: float = 0.0) -> None:

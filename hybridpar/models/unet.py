@@ -5,6 +5,9 @@
                       Down -------- skip -----------> Up
     bottom                   Convs
 
+`tensor_plan` cuts the channels between two convolutions over the tensor axis, `space_plan` the volumes: slices of x. It
+leaves the skips outside of what is cut, so that they can travel. All are data, read by `hybridpar.parallelize`.
+
 A `Down` keeps what it has for the `Up` of its level and halves every side; the `Up` doubles them. The parts call one
 another in a chain, so that the pipeline can cut it anywhere: skips travel over the stages between.
 
@@ -78,6 +81,27 @@ class UNet(nn.Module):
         torch.Size([2, 1, 8, 8, 8])
     """
 
+    tensor_plan = {
+        "down.*.convs.conv1": "conv column",
+        "down.*.convs.norm1": "conv norm",
+        "down.*.convs.conv2": "conv row",
+        "down.*.convs.norm2": "whole",
+        "bottom.conv1": "conv column",
+        "bottom.norm1": "conv norm",
+        "bottom.conv2": "conv row",
+        "bottom.norm2": "whole",
+        "up.*.convs.conv1": "conv column",
+        "up.*.convs.norm1": "conv norm",
+        "up.*.convs.conv2": "conv row",
+        "up.*.convs.norm2": "whole",
+    }
+    space_plan = {  # {"": "space"} sends less, where there is one stage
+        "down.*.convs": "space",
+        "down.*.shrink": "space",
+        "bottom": "space",
+        "up.*.grow": "space",
+        "up.*.convs": "space",
+    }
     chain = ("down.*", "bottom", "up.*", "head")
 
     def __init__(self, colours: int, classes: int, widths: Sequence[int] = (8, 16, 32), norm: str = "group") -> None:
