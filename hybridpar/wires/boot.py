@@ -7,12 +7,14 @@ What must be true before MPI starts is set here, in the process itself, so that 
     yield when idle         a rank that waits gives its core away; without it Horovod's thread starves the computation
     OPAL_PREFIX             an Open MPI from PyPI finds its parts only through it
     a remote shell          where there is no ssh, Open MPI refuses to start even one process unless told another
+    a Slurm step            where srun offers no PMI that Open MPI knows, it would end us before we could say why
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 # starts its daemons as a step of their own. A batch script's own shell is not a launched process, so SLURM_NTASKS is
 # not among them.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_STEP = "SLURM_STEP_ID"
 _CYCLE = "HOROVOD_CYCLE_TIME"
 
 
@@ -43,7 +46,8 @@ def start_mpi() -> MPI.Intracomm:
         import mpi4py
 
         mpi4py.rc.thread_level = "multiple"
-        from mpi4py import MPI
+        with _no_step_without_pmi():
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # no mpi4py; no MPI library that it could load
         raise RuntimeError(
             f"MPI is missing ({str(error).splitlines()[0]}): run `python -m hybridpar.install`, which installs one "
@@ -74,16 +78,46 @@ def idle_horovod() -> Iterator[None]:
         del os.environ[_CYCLE]  # a later world of this process may have replicas
 
 
+@contextmanager
+def _no_step_without_pmi() -> Iterator[None]:
+    """Hide Slurm's step meanwhile from an Open MPI that cannot join it.
+
+    In a step Open MPI insists on a PMI, and where srun offers none that it knows it ends the process with a page of its
+    own. Without a step it makes a world of one: right for `srun -n 1` and for an interactive step, and where there
+    should be more, _check_size says so.
+    """
+    if _STEP not in os.environ or "PMIX_RANK" in os.environ or _knows_slurm_pmi():
+        yield
+        return
+    step = os.environ.pop(_STEP)
+    try:
+        yield
+    finally:
+        os.environ[_STEP] = step
+
+
+def _knows_slurm_pmi() -> bool:
+    """Whether this Open MPI was built for Slurm's own PMI-1 or PMI-2 too. Those of PyPI and Debian know PMIx alone."""
+    path = f"{os.path.join(sys.prefix, 'bin')}:{os.environ.get('PATH', '')}"
+    command = shutil.which("ompi_info", path=path)
+    if command is None:
+        return True  # nobody to ask: leave it to MPI
+    asked = subprocess.run([command, "--parsable", "--param", "pmix", "all"], capture_output=True, text=True)
+    return asked.returncode != 0 or any(f"mca:pmix:{name}:" in asked.stdout for name in ("s1", "s2"))
+
+
 def _check_size(size: int) -> None:
     told = [(name, int(os.environ[name])) for name in _SIZES if os.environ.get(name, "").isdigit()]
-    if not told or told[0][1] == size:
+    if size > 1 or not told or told[0][1] == 1:  # a world that did not come up is many of one process
         return
     name, started = told[0]
-    slurm = name.startswith("SLURM")
-    way_out = "`srun --mpi=pmix`, or mpirun inside the allocation" if slurm else (
-        "`hybridpar run`, or the mpirun of the MPI that `hybridpar doctor` names"
-    )
     raise RuntimeError(
         f"the launcher started {started} processes ({name}={started}) and this one sees an MPI world of {size}: "
-        f"{'srun' if slurm else 'mpirun'} belongs to another MPI than the one of {sys.prefix}; start with {way_out}"
+        + (
+            f"srun did not offer the PMIx by which the MPI of {sys.prefix} finds the others; start with "
+            "`srun --mpi=pmix`, or mpirun inside the allocation"
+            if _STEP in os.environ and name != _SIZES[0]
+            else f"mpirun belongs to another MPI than the one of {sys.prefix}; start with `hybridpar run`, or the "
+            "mpirun of the MPI that `hybridpar doctor` names"
+        )
     )
