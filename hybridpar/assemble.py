@@ -28,7 +28,7 @@ from hybridpar.seeds import Draw
 from hybridpar.skeleton.cut import Skeleton
 from hybridpar.skeleton.stage import SkeletonStage
 from hybridpar.split import Chain, Stage
-from hybridpar.tensor.derive import Derived, derive
+from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.tensor.recurrent import unstacked
 from hybridpar.wires.axis import Axis
@@ -107,7 +107,7 @@ def parallelize(
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
-        report=_report(all_stages, homes, spent, bounds, applied, plan, mesh),
+        report=_report(all_stages, homes, spent, bounds, applied, mesh),
     )
     listener().parallelized(model)
     return model
@@ -247,7 +247,6 @@ def _report(
     costs: Sequence[float],
     bounds: Sequence[int],
     applied: Applied,
-    plan: Mapping[str, str],
     mesh: World,
 ) -> str:
     """How the model was cut, in words."""
@@ -260,6 +259,5 @@ def _report(
         place = f"  stage {s} on pipeline index {homes[s]}"
         lines.append(f"{place}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
     if mesh.tensor.size > 1:
-        why = plan.reasons if isinstance(plan, Derived) else ()
-        lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in (*why, *applied.replicated)]
+        lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hybridpar.global_view import everywhere, gather, take, wholes
+from hybridpar.global_view import everywhere
 from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
@@ -29,6 +29,7 @@ from hybridpar.shard import Spec
 from hybridpar.split import Stage
 from hybridpar.tensor.plan import Applied
 from hybridpar.trace.spans import Span, Trace
+from hybridpar.unsplit import Unsplit
 
 if TYPE_CHECKING:
     from hybridpar.wires.world import World
@@ -65,11 +66,11 @@ class ParallelModel:
     ) -> None:
         self.world, self.report = world, report
         self._stages, self._owned, self._applied = stages, owned, applied
-        self._homes, self._buffers = homes, buffers  # the pipeline index of each parameter and buffer
         self._executor, self._schedules, self._draw = executor, schedules, draw
         self._loss = loss
         # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
+        self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
         self._averages: list[Averaging] = []
         self._spans: list[Span] = []
         self._largest = 0
@@ -259,36 +260,19 @@ class ParallelModel:
         The plain module's `load_state_dict` reads it. Buffers such as running statistics, which each replica has from
         its own samples, are those of the first replica.
         """
-        world, kept = self.world, self._kept()
-        state = wholes(dict(self.named_parameters()), self._homes, self._applied.specs, world)
-        state |= {name: state[first] for name, first in self._applied.tied.items()}
-        for name, home in self._buffers.items():
-            source, x = world.mesh.rank(0, home, 0), kept.get(name)
-            if x is not None and name in self._applied.buffers:
-                x = gather(x, self._applied.buffers[name], world.tensor)
-            one = everywhere(x, source, world.replica, world.device)
-            state[name] = world.peers.broadcast(one, 0).cpu()
-        return state
+        return self._unsplit.state()
 
     def full_gradients(self) -> dict[str, Tensor | None]:
         """The gradients of the unsplit module, whole, on the CPU of every rank; all ranks call it together."""
         self.wait()
-        grads = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        return wholes(grads, self._homes, self._applied.specs, self.world)
+        return self._unsplit.gradients()
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's shards, and its buffers, from the unsplit module's `state`.
 
         Raises ValueError where one is missing or of another shape.
         """
-        listener().loads(self, state)
-        specs, cut = self._applied.specs, self._applied.buffers
-        kept = {name: (x, cut.get(name, Spec(name, tuple(x.shape)))) for name, x in self._kept().items()}
-        for name, (x, spec) in ({name: (p, specs[name]) for name, p in self.named_parameters()} | kept).items():
-            if name not in state:
-                raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
-            with torch.no_grad():
-                x.copy_(take(state[name], spec, self.world.tensor.index))
+        self._unsplit.load(state)
 
     def trace(self) -> Trace:
         """What every rank of the pipeline did in the last step, in seconds from its beginning; all call it together."""
