@@ -39,6 +39,7 @@ _VISION = {
     "image_size": 16,
     "patch_size": 4,
 }
+_SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2, "image_size": 16, "patch_size": 2}
 _MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
 
@@ -86,7 +87,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 }
 IMAGES: dict[str, dict[str, Any]] = {
     "vit": _VISION,
-    "swin": {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2} | {"image_size": 16, "patch_size": 2},
+    "swin": _SWIN,
     "convnext": {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"},
 }
