@@ -107,9 +107,7 @@ def _configure(folder: Path) -> None:
         other.bind(("127.0.0.1", 0))
         controller, node = one.getsockname()[1], other.getsockname()[1]
     first = 1000 + secrets.randbelow(60_000_000)  # jobs of two runs must not be taken for one
-    text = CONFIGURATION.format(
-        host=host, controller=controller, node=node, folder=folder, first=first, cpus=_CPUS
-    )
+    text = CONFIGURATION.format(host=host, controller=controller, node=node, folder=folder, first=first, cpus=_CPUS)
     (folder / "slurm.conf").write_text(text)
     version = re.search(r"(\d+)\.(\d+)", subprocess.check_output(["slurmd", "-V"], text=True, env={"PATH": _path()}))
     groups = "disabled" if version and (int(version[1]), int(version[2])) >= (23, 11) else "autodetect"
@@ -165,7 +163,7 @@ def srun(folder: Path, user: dict[str, str], body: str, *options: str) -> Job:
     """PRELUDE and `body` under srun, from a shell in which nothing has been prepared for MPI."""
     (folder / "script.py").write_text(PRELUDE + body)
     plain = ["env", *(f"--unset={name}" for name in environment() if name.startswith(_OTHERS) and name not in user)]
-    return run_command(folder, [*plain, "srun", *options, sys.executable, "script.py"], ranks=None, env=user)
+    return run_command(folder, [*plain, "srun", "--quiet", *options, sys.executable, "script.py"], ranks=None, env=user)
 
 
 TRAIN = """
