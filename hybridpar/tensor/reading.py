@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from hybridpar.shard import balanced
 from hybridpar.tensor.halo import Ranges, Spread, Window, trade
@@ -48,10 +50,20 @@ def place(region: Region, x: Tensor, rows: Rows, dims: int) -> int:
 
 def nothing(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> Tensor:
     """A result without rows that the backward pass still comes through, since peers wait for this index there."""
-    none = x.sum() * 0
-    for p in parameters:
-        none = none if p is None else none + p.sum() * 0
-    return none.expand(*shape)
+    return _Nothing.apply(tuple(shape), x, *parameters)
+
+
+class _Nothing(Function):
+    """One node, as the function that peers call is: so gradients come to `parameters` in the same order as there."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        return x.new_zeros(shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if one is None else torch.zeros_like(one) for one in ctx.saved_tensors)
 
 
 def none_here(region: Region, length: int) -> bool:
