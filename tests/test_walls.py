@@ -24,14 +24,24 @@ FLOORS = (
     (
         "facts",
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
-        + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*"),
+        + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
+        + ("proof/point", "proof/report", "proof/causes", "tensor/halo"),
         (),
     ),
     ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
-    ("parts", ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data"), ("torch",)),
-    ("whole", ("assemble", "engine", "start", "doctor"), ("torch",)),
-    ("shell", ("cli", "launch", "__main__"), ("click", "rich", "psutil")),
+    (
+        "parts",
+        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*"),
+        ("torch", "safetensors"),
+    ),
+    (
+        "whole",
+        ("assemble", "engine", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
+        + ("proof/compare", "proof/diagnose", "proof/verify", "proof/rank"),
+        ("torch",),
+    ),
+    ("shell", ("cli", "launch", "__main__", "proof/job", "proof/table"), ("click", "rich", "psutil")),
 )
 READ_THE_ENVIRONMENT = ("start", "launch", "cli", "doctor", "wires/boot", "wires/ending", "install/*")
 PICKLING = ("bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce", "scan", "exscan")
