@@ -18,7 +18,7 @@ from hybridpar.models.resnet import ResNet
 
 @dataclass(frozen=True)
 class Family:
-    """`build(size)` makes the model, small (1) for a warm-up or big (0 is none); `batch()` gives inputs and targets."""
+    """`build(small)` makes the model, tiny for a warm-up or big; `batch()` gives inputs and targets."""
 
     name: str
     build: Callable[[bool], nn.Module]
@@ -33,6 +33,8 @@ class Family:
 
 class Reader(nn.Module):
     """Tokens through LSTMs one upon another, and a logit for each token that could follow."""
+
+    tensor_plan = {"embed": "vocabulary", "layers.*": "recurrent", "head": "column"}
 
     def __init__(self, vocabulary: int, width: int, depth: int) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ def _gpt(small: bool) -> nn.Module:
 
 
 def _resnet(small: bool) -> nn.Module:
-    return ResNet(3, 10, (4, 8), 2, "group") if small else ResNet(3, 10, (256, 512), 2, "group")
+    return ResNet(3, 10, (8, 16), 2, "group") if small else ResNet(3, 10, (256, 512), 2, "group")
 
 
 def _lstm(small: bool) -> nn.Module:

@@ -62,7 +62,7 @@ def _launch(name: str, tensor: int, pipeline: int) -> dict[str, Any]:
         return {"refused": f"not done after {SECONDS} s"}
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not told:
-        return {"refused": next((line for line in done.stderr.splitlines() if "Error" in line), done.stderr[-300:])}
+        return {"refused": next((line for line in done.stderr.splitlines() if "Error: " in line), done.stderr[-300:])}
     return told[0]
 
 
