@@ -16,115 +16,9 @@ D and T are the sizes of the data and the tensor axis. Where no c fits, the sum 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import isfinite
-from statistics import fmean
+from statistics import fmean, median
 
-CLOSE = 1e-5  # a hypothesis holds where it leaves no more than this; the facts are in fp64, or nearly
-
-
-@dataclass(frozen=True)
-class Cause:
-    """`key` for programs, `words` for people; module, microbatch and rank where the signature tells them."""
-
-    key: str
-    words: str
-    module: str | None = None
-    microbatch: int | None = None
-    rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Coefficients that explain a tensor, and what they leave unexplained, relative to it."""
-
-    coefficients: tuple[float, ...]
-    residual: float
-
-    @property
-    def holds(self) -> bool:
-        return self.residual < CLOSE
-
-    @property
-    def factor(self) -> float | None:
-        """The number that all coefficients are, if they are."""
-        if not self.holds or not self.coefficients:
-            return None
-        mean = fmean(self.coefficients)
-        return mean if all(near(c, mean) for c in self.coefficients) else None
-
-
-@dataclass(frozen=True)
-class Part:
-    """A microbatch, over all replicas in order: its replica, how much it counts, its loss in one process."""
-
-    replica: int
-    counted: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A dropout mask that `rank` drew: see watch.Mask. `right` tells whether the reference draws it too."""
-
-    rank: int
-    site: str
-    sample: int
-    crc: int
-    length: int
-    parts: tuple[tuple[int, int], ...]
-    right: bool
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first module whose output, or its gradient, differs. `total`, `twin`: how far the sum over the tensor ranks,
-    and another index's slice, are from what is wanted; `ratio` explains the tensor up to its `residual`."""
-
-    forward: bool
-    module: str
-    reader: str  # the module that read it, whose backward made the gradient
-    kind: str
-    microbatch: int
-    rank: int
-    error: float
-    scale: float
-    total: float
-    twin: float
-    ratio: float
-    residual: float
-
-
-@dataclass(frozen=True)
-class Facts:
-    """All that is known about the first difference."""
-
-    kind: str
-    name: str
-    rank: int
-    degrees: tuple[int, int, int]  # data, pipeline, tensor
-    places: Sequence[tuple[int, int, int]]  # of each rank
-    wrong: Sequence[Sequence[str]] = ()  # of each rank, the names that differ
-    held: Sequence[int] = ()  # of each rank, how many names it has
-    parts: Sequence[Part] = ()
-    fits: Sequence[Fit | None] = ()  # of each rank's gradients, or updates
-    totals: float = 1.0  # how far the sum over the tensor ranks is from the gradient
-    uses: Fit | None = None  # of a tied gradient, by its uses
-    use_names: Sequence[str] = ()
-    loss: float = 0.0  # of the run
-    reference_loss: float = 0.0
-    unseen: Sequence[str] = ()  # trained, with a gradient, in no optimizer
-    idle: Sequence[int] = ()  # ranks whose optimizer has not stepped
-    options: Sequence[tuple[str, int, object, int, object]] = ()  # that differ between two ranks
-    moved: Sequence[tuple[int, str, str]] = ()  # (rank, name, which slice it holds)
-    masks: Sequence[Mask] = ()
-    random: bool = False  # the module gives something else when it is called again
-    divergence: Divergence | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
-
-
-def near(a: float, b: float) -> bool:
-    return isfinite(a) and isfinite(b) and abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b))
+from hybridpar.proof.facts import CLOSE, Cause, Facts, Mask, Part, near
 
 
 def likely(facts: Facts) -> Cause:
@@ -170,25 +64,30 @@ def drawn_again(facts: Facts) -> Cause | None:
                  "nn.Dropout modules, or verify with it turned off") if facts.random else None  # fmt: skip
 
 
-def same_mask(facts: Facts) -> Cause | None:
+def masked(facts: Facts) -> Cause | None:
+    return same_mask(facts.masks)
+
+
+def same_mask(masks: Sequence[Mask]) -> Cause | None:
     """Masks that should differ and do not, or the other way round."""
     found: dict[tuple[str, int, int], Mask] = {}
-    for one in facts.masks:
+    for one in masks:
         if one.length < 32:  # may be alike by chance
             continue
         other = found.setdefault((one.site, one.crc, one.length), one)
-        if (other.sample, other.parts) != (one.sample, one.parts):
+        if (other.replica, other.sample, other.parts) != (one.replica, one.sample, one.parts):
             who = f"ranks {other.rank} and {one.rank}" if other.rank != one.rank else f"rank {one.rank}"
-            what = f"samples {other.sample} and {one.sample}" if other.sample != one.sample else "different parts"
-            return Cause("same dropout mask", f"{who} draw the same dropout mask at {_site(one)} for {what}",
+            what = "different parts of one sample" if other.parts != one.parts else "different samples"
+            return Cause("same dropout mask", f"{who} draw{'s' * (other.rank == one.rank)} the same dropout mask at "
+                         f"{_site(one)} for {what}",
                          _site(one), rank=max(other.rank, one.rank))  # fmt: skip
-    drawn: dict[tuple[str, int, object], Mask] = {}
-    for one in facts.masks:
-        other = drawn.setdefault((one.site, one.sample, one.parts), one)
+    drawn: dict[tuple[str, int, int, object], Mask] = {}
+    for one in masks:
+        other = drawn.setdefault((one.site, one.replica, one.sample, one.parts), one)
         if other.crc != one.crc:
-            return Cause("different dropout masks", f"ranks {other.rank} and {one.rank} draw different dropout masks at "
-                         f"{_site(one)} for sample {one.sample}, which both hold", _site(one), rank=one.rank)
-    wrong = [one for one in facts.masks if not one.right]
+            return Cause("different dropout masks", f"ranks {other.rank} and {one.rank} draw different dropout masks "
+                         f"at {_site(one)} for sample {one.sample}, which both hold", _site(one), rank=one.rank)
+    wrong = [one for one in masks if not one.right]
     return Cause("dropout mask", f"rank {wrong[0].rank} draws another dropout mask at {_site(wrong[0])} for sample "
                  f"{wrong[0].sample} than one process does", _site(wrong[0]), rank=wrong[0].rank) if wrong else None
 
@@ -238,6 +137,8 @@ def weighed_loss(facts: Facts) -> Cause | None:
         rest = whole - p.counted * p.loss
         if near(loss, rest / total) or total > p.counted and near(loss, rest / (total - p.counted)):
             return Cause("missing microbatch", f"microbatch {m} is missing in the loss", microbatch=m)
+    if facts.divergence is not None:
+        return None
     factor = loss / (whole / total)
     axis = {facts.degrees[2]: "tensor", facts.degrees[0]: "data", facts.degrees[1]: "pipeline"}.get(round(factor))
     if near(factor, round(factor)) and round(factor) > 1 and axis:
@@ -262,17 +163,18 @@ def unlike_averages(facts: Facts) -> Cause | None:
     factors = {r: f.factor for r, f in fits.items()}
     if all(f is not None for f in factors.values()):
         return _scaled(facts, factors, everything)
-    own = [[d if part.replica == facts.places[r][0] else 0.0 for part in facts.parts] for r in wrong for d in (data,)]
-    if data > 1 and all(_same(fits[r].coefficients, row) for r, row in zip(wrong, own)):
-        return Cause("missing reduction", "gradients are not averaged over the data axis: each replica has stepped with "
-                     "those of its own samples (wrap the optimizer in hp.DistributedOptimizer)", rank=rank)
+    own = {r: [part.replica == facts.places[r][0] for part in facts.parts] for r in wrong}
+    if data > 1 and all(_only(fits[r].coefficients, own[r], None if facts.clipped else data) for r in wrong):
+        return Cause("missing reduction", "gradients are not averaged over the data axis: each replica has stepped "
+                     "with those of its own samples (wrap the optimizer in hp.DistributedOptimizer)", rank=rank)
     for r, one in fits.items():
-        missing = [m for m, c in enumerate(one.coefficients) if near(c, 0)]
-        if len(missing) == 1 and all(near(c, 1) for m, c in enumerate(one.coefficients) if m not in missing):
+        weights = _unclipped(facts, one.coefficients)
+        missing = [m for m, c in enumerate(weights) if near(c, 0)]
+        if len(missing) == 1 and all(near(c, 1) for m, c in enumerate(weights) if m not in missing):
             return Cause("missing microbatch", f"microbatch {missing[0]} is missing in the gradients of rank {r}",
                          microbatch=missing[0], rank=r)  # fmt: skip
-        twice = [m for m, c in enumerate(one.coefficients) if near(c, 2)]
-        if len(twice) == 1 and all(near(c, 1) for m, c in enumerate(one.coefficients) if m not in twice):
+        twice = [m for m, c in enumerate(weights) if near(c, 2)]
+        if len(twice) == 1 and all(near(c, 1) for m, c in enumerate(weights) if m not in twice):
             return Cause("doubled microbatch", f"microbatch {twice[0]} counts twice in the gradients of rank {r}",
                          microbatch=twice[0], rank=r)  # fmt: skip
     if all(_even(one.coefficients, facts.parts) for one in fits.values()):
@@ -287,9 +189,9 @@ def _scaled(facts: Facts, factors: dict[int, float], everything: bool) -> Cause:
     rank, factor = next(iter(factors.items()))
     if not all(near(f, factor) for f in factors.values()):
         told = ", ".join(f"{f:.4g} on rank {r}" for r, f in list(factors.items())[:4])
-        return Cause("local clipping", f"each rank has scaled its gradients by a number of its own ({told}): clipped by "
-                     "the norm of what the rank holds; use hp.clip_grad_norm_(model, ...)", rank=rank)  # fmt: skip
-    module = None if everything else _module(facts.wrong[rank][0])
+        return Cause("local clipping", f"each rank has scaled its gradients by a number of its own ({told}): clipped "
+                     "by the norm of what the rank holds; use hp.clip_grad_norm_(model, ...)", rank=rank)  # fmt: skip
+    module = None if everything else _module(facts.name)
     if near(factor, 0):
         return Cause("missing", "there is no gradient at all: nothing has come back to this parameter", module)
     axes = [("data", data), ("tensor", tensor)] if everything else [("tensor", tensor), ("data", data)]
@@ -310,13 +212,14 @@ def tied(facts: Facts) -> Cause | None:
     fit = facts.uses
     if fit is None or not fit.holds or len(fit.coefficients) < 2:
         return None
-    for name, c in zip(facts.use_names, fit.coefficients):
+    least = min((c for c in fit.coefficients if not near(c, 0)), default=1.0) if facts.clipped else 1.0
+    for name, c in zip(facts.use_names, [c / least for c in fit.coefficients]):
         if near(c, 0):
-            return Cause("tied weight", f"{facts.name} is tied to {_others(facts)} and the gradient of its use as {name} "
-                         "is missing", _module(facts.name))  # fmt: skip
+            return Cause("tied weight", f"{facts.name} is tied to {_others(facts)} and the gradient of its use as "
+                         f"{name} is missing", _module(facts.name))  # fmt: skip
         if near(c, 2):
-            return Cause("tied weight", f"{facts.name} is tied to {_others(facts)} and the gradient of its use as {name} "
-                         "counts twice", _module(facts.name))  # fmt: skip
+            return Cause("tied weight", f"{facts.name} is tied to {_others(facts)} and the gradient of its use as "
+                         f"{name} counts twice", _module(facts.name))  # fmt: skip
     return None
 
 
@@ -334,8 +237,8 @@ def unsummed(facts: Facts) -> Cause | None:
 def buffers_apart(facts: Facts) -> Cause | None:
     ranks = [rank for rank, names in enumerate(facts.wrong) if names]
     return Cause("buffer", f"the buffer {facts.name} is not synchronised: {_ranks(ranks)} of {len(facts.places)} "
-                 f"{'has' if len(ranks) == 1 else 'have'} another value than one process that sees the same microbatches",
-                 _module(facts.name), rank=ranks[0]) if ranks else None  # fmt: skip
+                 f"{'has' if len(ranks) == 1 else 'have'} another value than one process that sees the same "
+                 "microbatches", _module(facts.name), rank=ranks[0]) if ranks else None  # fmt: skip
 
 
 def options_apart(facts: Facts) -> Cause | None:
@@ -343,7 +246,8 @@ def options_apart(facts: Facts) -> Cause | None:
         return None
     key, a, x, b, y = facts.options[0]
     what = "learning rates" if key == "lr" else f"values of {key}"
-    return Cause("unequal options", f"the optimizers have different {what}: {x} on rank {a} and {y} on rank {b}", rank=b)
+    return Cause("unequal options", f"the optimizers have different {what}: {x} on rank {a} and {y} on rank {b}",
+                 rank=b)  # fmt: skip
 
 
 def not_stepped(facts: Facts) -> Cause | None:
@@ -357,8 +261,8 @@ def never_seen(facts: Facts) -> Cause | None:
     if not seen:
         return None
     return Cause("parameter not in the optimizer", f"the optimizer never saw {seen[0]}"
-                 f"{f' and {len(seen) - 1} more' if len(seen) > 1 else ''}: it has a gradient and keeps its value; give "
-                 "the optimizer model.parameters(), or freeze it with requires_grad_(False)", _module(seen[0]))
+                 f"{f' and {len(seen) - 1} more' if len(seen) > 1 else ''}: it has a gradient and keeps its value; "
+                 "give the optimizer model.parameters(), or freeze it with requires_grad_(False)", _module(seen[0]))
 
 
 def scaled_update(facts: Facts) -> Cause | None:
@@ -366,19 +270,19 @@ def scaled_update(facts: Facts) -> Cause | None:
     wrong = [rank for rank, names in enumerate(facts.wrong) if names]
     fit = facts.fits[wrong[0]] if wrong and facts.fits else None
     if fit is None or fit.factor is None:
-        return Cause("update", "gradients are right and what the optimizer made of them is not: it computes over a whole "
-                     "tensor what it should compute over all shards, or weights were changed after its step")
+        return Cause("update", "gradients are right and what the optimizer made of them is not: it computes over a "
+                     "whole tensor what it should compute over all shards, or weights were changed after its step")
     if near(fit.factor, 0):
         return Cause("not updated", f"{facts.name} has a gradient and keeps its value", _module(facts.name))
     return Cause("update", f"gradients are right and the update is {fit.factor:.6g} times what it should be")
 
 
 _EVEN = "every microbatch counts the same in the {what}, though they count {counts}"
-_FORWARD: tuple[Callable[[Facts], Cause | None], ...] = (drawn_again, same_mask, first_module)
+_FORWARD: tuple[Callable[[Facts], Cause | None], ...] = (drawn_again, masked, first_module)
 _BY_KIND: dict[str, tuple[Callable[[Facts], Cause | None], ...]] = {
     "weights at the start": (loaded_elsewhere, unequal_start),
     "loss": (*_FORWARD, weighed_loss),
-    "gradients": (drawn_again, unlike_averages, unsummed, tied, same_mask, first_module),
+    "gradients": (drawn_again, unlike_averages, unsummed, tied, masked, first_module),
     "buffers": (buffers_apart,),
     "updated parameters": (options_apart, not_stepped, never_seen, scaled_update),
 }
@@ -396,8 +300,18 @@ def _others(facts: Facts) -> str:
     return ", ".join(name for name in facts.use_names if name != facts.name)
 
 
-def _same(found: Sequence[float], wanted: Sequence[float]) -> bool:
-    return len(found) == len(wanted) and all(map(near, found, wanted))
+def _only(found: Sequence[float], own: Sequence[bool], factor: float | None) -> bool:
+    """Whether `found` is `factor` (or any, if it is None) where `own` is true, and zero elsewhere."""
+    factor = next((c for c, mine in zip(found, own) if mine), 0.0) if factor is None else factor
+    return all(near(c, factor if mine else 0.0) for c, mine in zip(found, own)) and not near(factor, 0.0)
+
+
+def _unclipped(facts: Facts, coefficients: Sequence[float]) -> list[float]:
+    """The coefficients as they were before clipping: most of them were 1."""
+    if not facts.clipped:
+        return list(coefficients)
+    usual = median(c for c in coefficients if not near(c, 0)) if any(not near(c, 0) for c in coefficients) else 1.0
+    return [c / usual for c in coefficients]
 
 
 def _even(coefficients: Sequence[float], parts: Sequence[Part]) -> bool:

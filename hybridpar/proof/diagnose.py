@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from hybridpar.global_view import take
-from hybridpar.proof.causes import Divergence, Facts, Fit, Mask, Part
 from hybridpar.proof.compare import GRADIENTS, LOSS, START, WEIGHTS, fed, largest, reference, shared, spec_of
 from hybridpar.proof.compare import reference_start as starts
+from hybridpar.proof.facts import Facts, Fit, Part
+from hybridpar.proof.locate import divergence, masks
 from hybridpar.proof.recorder import Recorder
 from hybridpar.proof.reference import Fed, Reference
 from hybridpar.proof.report import Difference
-from hybridpar.proof.watch import Seen, Watch, checksum, part
+from hybridpar.proof.watch import Watch, checksum
 
 _MOST_NAMES = 12  # parameters whose gradients are taken apart
 _MOST_ELEMENTS = 1 << 22
@@ -31,8 +32,10 @@ def facts(recorder: Recorder, differences: Sequence[Difference], one: Difference
     world, step = recorder.model.world, recorder.records[one.step]
     wrong = _wrong(differences, one, world.everyone.size)
     names = _names(recorder, wrong, one.name)
-    ref = _Asked(recorder, fed(recorder), one, names) if world.rank == 0 else None
+    feeding = fed(recorder)
+    ref = _Asked(recorder, feeding, one, names) if world.rank == 0 else None
     told = world.everyone.objects(None if ref is None else ref.told)[0]
+    count, watch = told.pop("shares"), ref.watch if ref else None
     mesh = world.mesh
     places = [mesh.place(rank) for rank in range(mesh.size)]
     common: dict[str, Any] = {
@@ -44,18 +47,19 @@ def facts(recorder: Recorder, differences: Sequence[Difference], one: Difference
         "wrong": wrong,
         "held": world.everyone.objects(len([*recorder.model.named_parameters()])),
         "loss": step.loss,
+        "clipped": bool(step.clips),
         **told,
     }
     if one.kind == START:
         common["moved"] = _moved(recorder, wrong[world.rank], starts(recorder) if world.rank == 0 else {})
     if one.kind in (LOSS, GRADIENTS):
-        common["divergence"] = _divergence(recorder, ref, one)
-        common["masks"] = _masks(recorder, ref)
+        common["divergence"] = divergence(recorder, watch, one.kind)
+        common["masks"] = masks(recorder, watch)
     if one.kind == GRADIENTS:
         whole = shared(world, ref.gradients if ref else {})
-        shares = [shared(world, ref.shares[m] if ref else {}) for m in range(len(told["parts"]))]
+        shares = [shared(world, ref.shares[m] if ref else {}) for m in range(count)]
         common["fits"] = world.everyone.objects(_fit(recorder, step.gradients, wrong[world.rank], shares))
-        common["totals"] = _totals(recorder, step.gradients, one.name, whole)
+        common["totals"] = _totals(recorder, step.gradients, one.name, whole, bool(step.clips))
         common["uses"] = _uses(recorder, step.gradients, one.name, shared(world, ref.uses if ref else {}))
     if one.kind == WEIGHTS:
         common |= _stepping(recorder, one, shared(world, ref.updates if ref else {}), wrong)
@@ -71,8 +75,9 @@ class _Asked:
             ref.step(earlier)
         here = feeding[one.step]
         before = {n: p.detach().cpu().clone() for n, p in ref.parameters().items()}
-        self.shares = ref.shares(here, names) if one.kind == GRADIENTS else []
-        self.uses = ref.uses(here, one.name) if one.kind == GRADIENTS else {}
+        graded = one.kind == GRADIENTS and here.fresh
+        self.shares = ref.shares(here, names) if graded else []
+        self.uses = ref.uses(here, one.name) if graded else {}
         self.watch = Watch(ref.draw)
         result = ref.step(here, self.watch)
         self.gradients = {one.name: result.gradients[one.name]} if one.kind == GRADIENTS else {}
@@ -83,6 +88,7 @@ class _Asked:
             "parts": [Part(m.replica, m.counted, m.loss) for m in result.micros],
             "reference_loss": result.loss,
             "use_names": [*self.uses],
+            "shares": len(self.shares),
             "random": _random(ref, here),
         }
 
@@ -142,7 +148,9 @@ def _zeros(x: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if x is None else x.double()
 
 
-def _totals(recorder: Recorder, here: Mapping[str, Tensor | None], name: str, whole: Mapping[str, Tensor]) -> float:
+def _totals(
+    recorder: Recorder, here: Mapping[str, Tensor | None], name: str, whole: Mapping[str, Tensor], clipped: bool
+) -> float:
     """How far the sum of the shards of `name` over the tensor axis is from the gradient, where all have the whole."""
     world = recorder.model.world
     told = world.everyone.objects(None if here.get(name) is None else here[name].double())
@@ -152,7 +160,10 @@ def _totals(recorder: Recorder, here: Mapping[str, Tensor | None], name: str, wh
         place = world.mesh.place(rank)
         if x is not None and x.shape == wanted.shape:
             groups.setdefault((place.data, place.pipeline), []).append(x)
-    errors = [largest(sum(group) - wanted) for group in groups.values() if len(group) == world.tensor.size]
+    sums = [sum(group) for group in groups.values() if len(group) == world.tensor.size]
+    # Clipped gradients are known up to a factor: the norm that they were clipped by was wrong too.
+    factors = [fit(wanted.reshape(-1, 1), x.reshape(-1)).coefficients[0] if clipped else 1.0 for x in sums]
+    errors = [largest(x - factor * wanted) for x, factor in zip(sums, factors)]
     return max(errors) / max(largest(wanted), _TINY) if errors else 1.0
 
 
@@ -223,108 +234,3 @@ def _unequal(groups: Sequence[Mapping[int, Any]]) -> list[tuple[str, int, object
                     if isinstance(value, float | int | bool | str | tuple) and value != theirs:
                         found.append((key, other, theirs, rank, value))
     return found
-
-
-def _masks(recorder: Recorder, ref: _Asked | None) -> list[Mask]:
-    """Every rank's dropout masks of the step, and whether the reference draws them too."""
-    world = recorder.model.world
-    told = world.everyone.objects(recorder.watch.masks)
-    if ref is None:
-        return world.everyone.objects(None)[0]
-    found = []
-    for rank, masks in enumerate(told):
-        for one in masks:
-            whole = ref.watch.bits.get((one.site, one.sample))
-            right = whole is None or _crc(whole, one) == one.crc
-            found.append(Mask(rank, one.site, one.sample, one.crc, one.length, one.parts, right))
-    return world.everyone.objects(found)[0]
-
-
-def _crc(whole: Tensor, one: Any) -> int:
-    if one.dim is None:
-        return checksum(whole)
-    return checksum(torch.cat([whole.narrow(one.dim - 1, a, b - a) for a, b in one.parts], one.dim - 1))
-
-
-def _divergence(recorder: Recorder, ref: _Asked | None, one: Difference) -> Divergence | None:
-    """The first module, in the order of the calls and then of the backward pass, of which a rank has something else."""
-    world, seen = recorder.model.world, recorder.watch.seen
-    order = world.everyone.objects(None if ref is None else _order(ref.watch, one.kind))[0]
-    starts = world.everyone.objects(None if ref is None else sorted({key[3] for key in ref.watch.seen}))[0]
-    for key, forward in order:
-        wanted = None
-        if ref is not None:
-            wanted = ref.watch.seen[key].value if forward else ref.watch.seen[key].gradient
-        whole = shared(world, {} if wanted is None else {"": wanted})[""].double()
-        mine = seen.get(key)
-        found = _seen_error(recorder, mine, whole, forward)
-        told = world.everyone.objects(found)
-        scale = max(largest(whole), _TINY)
-        wrong = [rank for rank, error in enumerate(told) if error is not None and not error <= _room(recorder) * scale]
-        if wrong:
-            name = key[0]
-            reader = world.everyone.objects(None if ref is None else _reader(ref.watch, name))[0]
-            return _described(recorder, mine, whole, forward, wrong[0], told[wrong[0]], {
-                "module": name, "reader": reader, "microbatch": starts.index(key[3]), "scale": scale,
-                "kind": world.everyone.objects(None if ref is None else ref.watch.seen[key].kind)[0],
-            })  # fmt: skip
-    return None
-
-
-def _room(recorder: Recorder) -> float:
-    return 1e-9 if recorder.double or all(x.dtype == torch.float64 for x in recorder.start.values()) else 1e-3
-
-
-def _order(watch: Watch, kind: str) -> list[tuple[Any, bool]]:
-    """What to look at: the outputs where the loss is wrong, else their gradients."""
-    if kind == LOSS:
-        return [(key, True) for key, one in sorted(watch.seen.items(), key=lambda item: item[1].order)]
-    graded = [(key, one) for key, one in watch.seen.items() if one.gradient is not None]
-    return [(key, False) for key, one in sorted(graded, key=lambda item: item[1].returned)]
-
-
-def _reader(watch: Watch, name: str) -> str:
-    """The innermost module that was given what `name` returned, if there is one."""
-    readers = watch.readers.get(name, [])
-    leaves = [r for r in readers if not any(other.startswith(f"{r}.") for other in readers)]
-    return leaves[0] if len(leaves) == 1 else ""
-
-
-def _seen_error(recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool) -> float | None:
-    """How far this rank's tensor is off; None where it has none to compare."""
-    pair = _pair(recorder, mine, whole, forward)
-    return None if pair is None else largest(pair[0] - pair[1])
-
-
-def _pair(recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool) -> tuple[Tensor, Tensor] | None:
-    """This rank's tensor and what it should be."""
-    if mine is None or not forward and (mine.shared or mine.gradient is None):
-        return None
-    world = recorder.model.world
-    wanted = part(whole, mine, world.tensor)
-    if wanted is None:
-        return None
-    # Losses are scaled by the number of replicas, whose gradients are averaged.
-    return (mine.value.cpu().double() if forward else mine.gradient.cpu().double() / world.data.size), wanted
-
-
-def _described(
-    recorder: Recorder, mine: Seen | None, whole: Tensor, forward: bool, rank: int, error: float, known: dict[str, Any]
-) -> Divergence:
-    """The hypotheses about what is wrong with a tensor, tried on all ranks' of it."""
-    world, scale = recorder.model.world, known["scale"]
-    pair = _pair(recorder, mine, whole, forward)
-    told = world.everyone.objects(pair)
-    found, wanted = told[rank]
-    group = world.mesh.group("tensor", rank)
-    others = [told[r][0] for r in group if told[r] is not None and told[r][0].shape == whole.shape]
-    total = largest(sum(others) - whole) / scale if len(others) == len(group) else 1.0
-    twins = [told[r][1] for r in group if r != rank and told[r] is not None and told[r][1].shape == found.shape]
-    twin = min((largest(found - x) / scale for x in twins if not torch.equal(x, wanted)), default=1.0)
-    ratio = float((found * wanted).sum() / (wanted * wanted).sum().clamp(min=_TINY))
-    residual = largest(found - ratio * wanted) / scale
-    return Divergence(
-        forward=forward, rank=rank, error=error, total=total, twin=twin, ratio=ratio, residual=residual, **known
-    )
-
-

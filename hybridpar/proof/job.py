@@ -57,6 +57,6 @@ def start(
     if report is None:
         raise RuntimeError(f"the script ended with code {code} before there was anything to compare; see above")
     if code:
-        note = f"the run in fp64 ended with code {code}, see above: this is the run as it is only (--no-fp64 leaves it out)"
+        note = f"a later run ended with code {code}, see above: this is the run as it is only (try --no-fp64)"
         report = replace(report, notes=(*report.notes, note))
     return report

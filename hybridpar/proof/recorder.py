@@ -55,7 +55,8 @@ class Recorder(Silent):
     """Listens to `steps` training steps; in fp64 if `double`; to the modules too in the step `watched`."""
 
     def __init__(self, steps: int, double: bool = False, watched: int | None = None) -> None:
-        self.steps, self.double, self.watched = steps, double, watched
+        self.steps, self.double = steps, double
+        self.watched, self.deeply = watched or 0, watched is not None  # else only its dropout masks
         self.model: ParallelModel | None = None
         self.original: nn.Module | None = None  # the whole module, on rank 0
         self.loss: Any = None
@@ -81,10 +82,11 @@ class Recorder(Silent):
                 raise
         finally:
             torch.set_default_dtype(before)
-        if self.model is None or not self.records:
+        if self.model is None or not self.records and not self.strayed:
             raise ValueError(
                 "there is nothing to verify: no model made by hp.parallelize() has made a training step by train_step()"
             )
+        self._after_step()
         if not self.strayed:
             self._meet(("end",))
         if self.watch is not None:
@@ -117,6 +119,7 @@ class Recorder(Silent):
     def begins(self, model: ParallelModel, batch: Any, microbatches: int) -> Any:
         if model is not self.model:
             return batch
+        self._after_step()
         if len(self.records) == self.steps:
             raise Enough
         batch = doubled(batch) if self.double else batch
@@ -130,7 +133,7 @@ class Recorder(Silent):
         self.records.append(Step(batch, microbatches, model.steps, fresh))
         if self.watched == len(self.records) - 1:
             self.watch = Watch(model._draw, model.world.tensor)
-            self.watch.attach(named_modules(model))
+            self.watch.attach(named_modules(model) if self.deeply else ())
         return batch
 
     def ends(self, model: ParallelModel, loss: float) -> None:
@@ -196,13 +199,19 @@ class Recorder(Silent):
             self.optimizers.append(optimizer)
         step = self.records[-1]
         step.groups[self.optimizers.index(optimizer)] = groups
-        # After the first optimizer's step only the weights of the others are still to come, their gradients are there.
-        step.gradients = {
-            name: None if p.grad is None else p.grad.detach().cpu().clone() for name, p in self.model.named_parameters()
-        } if len(step.groups) == 1 else step.gradients
+        if len(step.groups) == 1:  # of several optimizers the first to step; the gradients of all are there by then
+            step.gradients = {
+                name: None if p.grad is None else p.grad.detach().cpu().clone()
+                for name, p in self.model.named_parameters()
+            }
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer in self.optimizers:
+            self.records[-1].weights = held(self.model)
+
+    def _after_step(self) -> None:
+        """Where no optimizer has stepped the weights are what they were."""
+        if self.records and not self.records[-1].weights:
             self.records[-1].weights = held(self.model)
 
     def _groups(self, optimizer: torch.optim.Optimizer) -> list[Group]:

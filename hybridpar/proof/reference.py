@@ -158,7 +158,7 @@ class Reference:
         outputs = []
         self._buffers = self._buffers or [_buffers(self.module) for _ in fed.batches]
         for replica in range(len(fed.batches)):
-            _restore(self.module, self._buffers[replica])
+            _restore(self.module, self._buffers[replica], self._device)
             outputs += [self._output(fed, m, inputs) for m, inputs, _ in parts if m.replica == replica]
             self._buffers[replica] = _buffers(self.module)
         if watch is not None:
@@ -265,11 +265,11 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {n: x.detach().cpu().clone() for n, x in module.named_buffers(remove_duplicate=False) if n in kept}
 
 
-def _restore(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    here = dict(module.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for name, x in buffers.items():
-            here[name].copy_(x)
+def _restore(module: nn.Module, buffers: Mapping[str, Tensor], device: torch.device) -> None:
+    """New tensors: the graphs of earlier forwards hold the old ones."""
+    for name, x in buffers.items():
+        above, _, leaf = name.rpartition(".")
+        module.get_submodule(above)._buffers[leaf] = x.to(device, copy=True)
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

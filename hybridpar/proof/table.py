@@ -28,6 +28,6 @@ def show(report: Report, console: Console) -> None:
 
 def _cells(row: Row) -> list[str | Text]:
     allowed = "0" if row.allowed < 1e-200 else f"{row.allowed:.1e}"
-    where = row.where if row.error else ""
+    error, where = (f"{row.error:.1e}", row.where) if row.error else ("0", "")
     verdict = Text(row.verdict, style=_COLOURS[row.verdict])
-    return [row.run, row.quantity, f"{row.error:.1e}" if row.error else "0", allowed, f"{row.scale:.1e}", where, verdict]
+    return [row.run, row.quantity, error, allowed, f"{row.scale:.1e}", where, verdict]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from hybridpar.microbatch import fingerprint
-from hybridpar.proof.causes import Cause, Facts, likely
+from hybridpar.proof.causes import likely, same_mask
 from hybridpar.proof.compare import Noise, compared, fed, is_double
 from hybridpar.proof.diagnose import facts
+from hybridpar.proof.facts import Cause, Facts, Mask
 from hybridpar.proof.recorder import Recorder
 from hybridpar.proof.report import Difference, Finding, Report, first, rows
 
@@ -75,7 +76,7 @@ class _Verification:
         self._mesh, self._made = str(recorder.model.world.mesh), len(recorder.records)
         if recorder.strayed:
             return self._strayed(recorder)
-        notes, exact = _notes(recorder), is_double(recorder)
+        notes, exact, masked = _notes(recorder), is_double(recorder), _masked(recorder)
         name = "fp64" if exact else next(iter(recorder.start.values())).dtype.__str__().removeprefix("torch.")
         found = self._compared(recorder, f"as it is ({name})")
         shown, decides, said = rows(name, found), found, not exact and self._double
@@ -86,7 +87,7 @@ class _Verification:
             shown = rows(name, found, excused=first(decides) is None) + rows("fp64", decides)
             recorder = again
         wrong = first(decides) or _broken(found)
-        finding = None if wrong is None else self._found(wrong, said and wrong in decides)
+        finding = masked if wrong is None else self._found(wrong, said and wrong in decides)
         report = Report(self._mesh, self._made, shown, finding, notes)
         self._tell(recorder, report)
         return report
@@ -148,7 +149,8 @@ def _leading(recorder: Recorder, differences: Sequence[Difference], one: Differe
 
 def _module(known: Facts) -> str:
     if known.divergence is not None:
-        return known.divergence.module if known.divergence.forward else known.divergence.reader
+        one = known.divergence
+        return one.module if one.forward else one.reader or one.module
     return known.name.rpartition(".")[0]
 
 
@@ -176,6 +178,22 @@ def _bare(wrong: Difference | None) -> Finding | None:
 def _broken(found: Sequence[Difference]) -> Difference | None:
     """A number that is none, which no rounding explains."""
     return first([replace(one, allowed=1e300) for one in found if one.error == float("inf")])
+
+
+def _masked(recorder: Recorder) -> Finding | None:
+    """Dropout masks that are no layout's: samples that share one. Training may equal one process all the same."""
+    world = recorder.model.world
+    told = world.everyone.objects(recorder.watch.masks)
+    masks = [
+        Mask(rank, world.mesh.place(rank).data, m.site, m.sample, m.crc, m.length, m.parts, True)
+        for rank, part in enumerate(told)
+        for m in part
+    ]
+    cause = same_mask(masks)
+    if cause is None:
+        return None
+    sentence = f"The run equals one process in its numbers and is wrong: {cause.words}."
+    return Finding("dropout masks", cause.module, 0, cause.rank, None, 0.0, 0.0, cause.key, sentence)
 
 
 def _notes(recorder: Recorder) -> tuple[str, ...]:
