@@ -67,7 +67,7 @@ def _llama(small: bool) -> nn.Module:
     width = 32 if small else 512
     config = LlamaConfig(
         vocab_size=256 if small else 4096, hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=8,
-        num_attention_heads=8, num_key_value_heads=8, bos_token_id=0, eos_token_id=1, use_cache=False,
+        num_attention_heads=8, num_key_value_heads=8, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
