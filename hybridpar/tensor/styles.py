@@ -17,8 +17,8 @@ from hybridpar.tensor.channels import ChannelNorm
 from hybridpar.tensor.conv import ConvColumn, ConvGroups, ConvRow
 from hybridpar.tensor.dropout import Cut, Dropout, Held
 from hybridpar.tensor.embedding import SequenceEmbedding, VocabularyEmbedding
-from hybridpar.tensor.linear import ColumnLinear, RowLinear, WholeLinear, packed
 from hybridpar.tensor.gates import checked
+from hybridpar.tensor.linear import ColumnLinear, RowLinear, WholeLinear, packed
 from hybridpar.tensor.recurrent import Recurrent
 from hybridpar.tensor.sequence import Sequence
 from hybridpar.wires.axis import Axis
