@@ -31,6 +31,7 @@ _HOMES = {
     "clip_grad_norm_": "hybridpar.optim.clip",
     "init": "hybridpar.start",
     "parallelize": "hybridpar.assemble",
+    "verify": "hybridpar.proof.verify",
 }
 
 __all__ = [*_HOMES, "__version__"]

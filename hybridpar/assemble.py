@@ -75,7 +75,7 @@ def parallelize(
         >>> print(model.report)                                                     # doctest: +SKIP
     """
     _same_everywhere(module, mesh.everyone)
-    module, loss, example = listener().parallelizes(module, loss, example)
+    module, loss, example = listener().parallelizes(module, loss, example, mesh, weights, init)
     agree(weights, mesh.everyone)
     recipes = record(module)
     chunks = chunks or (2 if schedule == "interleaved" else 1)

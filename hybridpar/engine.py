@@ -272,6 +272,7 @@ class ParallelModel:
 
         Raises ValueError where one is missing or of another shape.
         """
+        listener().loads(self, state)
         self._unsplit.load(state)
 
     def trace(self) -> Trace:

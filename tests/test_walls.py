@@ -25,7 +25,7 @@ FLOORS = (
         "facts",
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
-        + ("proof/point", "proof/report", "proof/causes", "tensor/halo"),
+        + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "tensor/halo"),
         (),
     ),
     ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
@@ -38,7 +38,7 @@ FLOORS = (
     (
         "whole",
         ("assemble", "engine", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
-        + ("proof/compare", "proof/diagnose", "proof/verify", "proof/rank"),
+        + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank"),
         ("torch",),
     ),
     ("shell", ("cli", "launch", "__main__", "proof/job", "proof/table"), ("click", "rich", "psutil")),

@@ -208,7 +208,8 @@ def _held_against(
 
 def spec_of(recorder: Recorder, name: str, whole: Tensor) -> Spec:
     """How `name` is cut; whole where nobody says so."""
-    return recorder.model._applied.specs.get(name) or Spec(name, tuple(whole.shape))
+    applied = recorder.model._applied
+    return applied.specs.get(name) or applied.buffers.get(name) or Spec(name, tuple(whole.shape))
 
 
 def allowed(kind: str, scale: float, dtype: torch.dtype, noise: float | None, exact: bool) -> float:

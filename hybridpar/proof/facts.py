@@ -113,3 +113,8 @@ class Facts:
 
 def near(a: float, b: float) -> bool:
     return isfinite(a) and isfinite(b) and abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b))
+
+
+def module_of(name: str) -> str:
+    """The module of a parameter or buffer."""
+    return name.rpartition(".")[0]

@@ -31,7 +31,8 @@ def masks(recorder: Recorder, reference: Watch | None) -> list[Mask]:
         for one in masks:
             whole = reference.bits.get((one.site, one.sample))
             right = whole is None or _crc(whole, one) == one.crc
-            found.append(Mask(rank, world.mesh.place(rank).data, one.site, one.sample, one.crc, one.length, one.parts, right))
+            replica = world.mesh.place(rank).data
+            found.append(Mask(rank, replica, one.site, one.sample, one.crc, one.length, one.parts, right))
     return world.everyone.objects(found)[0]
 
 

@@ -21,7 +21,9 @@ from typing import Any
 class Silent:
     """Nobody: every point does nothing."""
 
-    def parallelizes(self, module: Any, loss: Any, example: Any) -> tuple[Any, Any, Any]:
+    def parallelizes(
+        self, module: Any, loss: Any, example: Any, mesh: Any, weights: Any, init: Any
+    ) -> tuple[Any, Any, Any]:
         return module, loss, example
 
     def parallelized(self, model: Any) -> None:

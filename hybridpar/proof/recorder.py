@@ -20,13 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from hybridpar.fill.allocate import allocate
+from hybridpar.fill.fill import fill
+from hybridpar.fill.recipe import record as recipes_of
 from hybridpar.microbatch import fingerprint, mapped, tensors
 from hybridpar.optim.compression import Compression
 from hybridpar.proof.point import Silent, listening
 from hybridpar.proof.watch import Watch
+from hybridpar.shard import Spec
 
 if TYPE_CHECKING:
     from hybridpar.engine import ParallelModel
+    from hybridpar.wires.world import World
 
 Group = tuple[dict[str, Any], list[str]]  # an optimizer's options for some parameters, and their names
 
@@ -67,7 +72,7 @@ class Recorder(Silent):
         self.loaded = False
         self.watch: Watch | None = None
         self._closing: list[Callable[[], None]] = []
-        self._ready: tuple[nn.Module, Any] | None = None
+        self._ready = False
 
     def record(self, train: Callable[[], Any]) -> None:
         """Run `train` until it has made the steps or ends. Raises ValueError where it made none."""
@@ -99,22 +104,24 @@ class Recorder(Silent):
 
     # ---- what the engine tells
 
-    def parallelizes(self, module: nn.Module, loss: Any, example: Any) -> tuple[nn.Module, Any, Any]:
-        if self.model is not None:
+    def parallelizes(
+        self, module: nn.Module, loss: Any, example: Any, mesh: World, weights: Any, init: Any
+    ) -> tuple[nn.Module, Any, Any]:
+        if self._ready:
             return module, loss, example
         if self.double:
             torch.set_default_dtype(torch.float64)
             module, loss, example = module.double(), doubled_loss(loss), doubled(example)
-        self._ready = (copy.deepcopy(module), loss)
+        self._ready, self.loss = True, loss
+        if mesh.rank == 0:
+            self.original = filled(copy.deepcopy(module), mesh.device, weights, init)
         return module, loss, example
 
     def parallelized(self, model: ParallelModel) -> None:
-        if self.model is not None or self._ready is None:
-            return
-        self.model, (original, self.loss) = model, self._ready
-        self.original = original if model.world.rank == 0 else None
-        # The script may close its world after its last step; it is needed once more.
-        self._closing, model.world._closing[:] = list(model.world._closing), []
+        if self.model is None:
+            self.model = model
+            # The script may close its world after its last step; it is needed once more.
+            self._closing, model.world._closing[:] = list(model.world._closing), []
 
     def begins(self, model: ParallelModel, batch: Any, microbatches: int) -> Any:
         if model is not self.model:
@@ -261,6 +268,15 @@ def strayed(told: list[tuple[Any, ...]]) -> str:
                     f"{what} in step {one[1]}"
                 )
     return ""
+
+
+def filled(module: nn.Module, device: torch.device, weights: Any, init: Any) -> nn.Module:
+    """`module`, with the values that `hp.parallelize` would give its shards."""
+    recipes = recipes_of(module)
+    allocate([module], device)
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    fill(recipes, {name: (x, Spec(name, tuple(x.shape))) for name, x in named}, 0, weights, init)
+    return module
 
 
 def held(model: ParallelModel) -> dict[str, Tensor]:
