@@ -180,7 +180,7 @@ def _bounds(
         raise ValueError(f"costs has {len(costs)} numbers and there are {parts} parts: {', '.join(pieces.labels)}")
     if costs is not None:
         found = [float(c) for c in costs]
-    elif example is not None and isinstance(pieces, Chain):
+    elif example is not None and isinstance(pieces, Chain) and not pieces.empty:
         # One rank measures: two on one machine would slow each other, and all must cut alike.
         found = mesh.everyone.objects(pieces.measured(example) if mesh.rank == 0 else None)[0]
     else:

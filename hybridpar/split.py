@@ -85,6 +85,11 @@ class Chain:
         self.labels = [name for name, _ in self._units]
         self.costs = estimated_costs(self._units)
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is on the meta device, where there is no time to measure."""
+        return any(p.is_meta for _, unit in self._units for p in unit.parameters())
+
     def measured(self, example: Any) -> list[float]:
         """Seconds of each part on `example` inputs."""
         return measured_costs(self._units, example)

@@ -103,3 +103,22 @@ def test_stages_are_cut_where_the_user_says_and_parts_are_named_where_that_canno
     assert "embed to blocks.2" in model.report
     with pytest.raises(ValueError, match=r"stages=\[1, 2\] must be 2 numbers .* the 8 parts .*: embed, blocks.0"):
         hp.parallelize(Busy().double(), mesh, loss=both, example=data()[0], stages=[1, 2])
+
+
+@ranks(2)
+def test_a_recurrence_is_cut_without_a_plan() -> None:
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(3, 6, num_layers=2, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    mesh, module = hp.init(tensor=2), Speech().double()
+    plain, x = copy.deepcopy(module), torch.randn(4, 5, 3, dtype=torch.float64)
+    model = hp.parallelize(module, mesh, loss=F.cross_entropy)
+    assert model.specs()["rnn.weight_hh_l1"].dim == 0
+    targets = torch.tensor([0, 1, 1, 0])
+    assert abs(model.train_step((x, targets), microbatches=2) - F.cross_entropy(plain(x), targets).item()) < 1e-10

@@ -3,6 +3,7 @@
     attention       "heads"                      where `attention.recognised` knows all that its forward reads
     two layers      "column" and "row"           where `flow` finds elementwise work between them only
     vocabulary      "vocabulary" and "gathered"  embedding and head, both or none if they share a weight
+    recurrence      "recurrent"                  nn.LSTM, nn.GRU and nn.RNN as torch makes them
     all the rest    "whole", with a reason if it is an attention, a pair of layers or a vocabulary
 """
 
@@ -18,6 +19,7 @@ from hybridpar.tensor.derive import attention, mlp
 from hybridpar.tensor.derive.functional import draws
 from hybridpar.tensor.derive.source import Unsure
 from hybridpar.tensor.derive.vocabulary import vocabulary
+from hybridpar.tensor.gates import checked
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -81,6 +83,7 @@ def derive(module: nn.Module, tensor: int = 1, logits: str = "gathered") -> Deri
     found = _Found()
     _vocabulary(module, tensor, logits, found)
     _blocks(module, "", tensor, found)
+    _recurrences(module, tensor, found)
     _rest(module, found)
     return Derived(_patterns(found.styles, module), _grouped(found.reasons), _grouped(dict(draws(module))))
 
@@ -125,6 +128,17 @@ def _attention(module: nn.Module, name: str, tensor: int, found: _Found) -> None
         return
     found.styles[name] = "heads"
     found.styles |= {_join(name, where): "partial" for where in heads.partial}
+
+
+def _recurrences(module: nn.Module, tensor: int, found: _Found) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.RNNBase) and name and name not in found.styles:
+            try:
+                checked(child, tensor, name)
+            except ValueError as reason:
+                found.whole(name, reason)
+            else:
+                found.styles[name] = "recurrent"
 
 
 def _rest(module: nn.Module, found: _Found) -> None:
