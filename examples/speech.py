@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from loop import steps, warm_then_falling
-from spoken import BANDS, WORDS, espeak, spoken
+from spoken import BANDS, LEARNED, WORDS, espeak, spoken
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=2, help="LSTM layers")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--voices", type=int, default=len(LEARNED), help="to learn from; half as many are for the test")
     parser.add_argument("--folder", type=Path, default=Path("runs/speech"), help="where the spectra are kept")
     return parser.parse_args()
 
@@ -60,9 +61,9 @@ def main() -> None:
             print("skipped: this example needs espeak-ng to speak its data, and it is not here: apt install espeak-ng")
         return
     if mesh.rank == 0:
-        spoken(args.folder)  # one rank has the words spoken for all
+        spoken(args.folder, args.voices)  # one rank has the words spoken for all
     mesh.everyone.barrier()
-    learned, held_back = spoken(args.folder)
+    learned, held_back = spoken(args.folder, args.voices)
     loader = hp.DataLoader(Utterances(learned), mesh, batch_size=args.batch, drop_last=True)
 
     model = SpeechRecogniser(BANDS, len(WORDS), args.width, args.depth, args.dropout)

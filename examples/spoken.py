@@ -33,14 +33,18 @@ def espeak() -> str | None:
     return shutil.which("espeak-ng")
 
 
-def spoken(folder: Path) -> tuple[TensorDataset, TensorDataset]:
-    """To learn from and to be tested with: spectra [n, t, m], lengths [n], words [n]; kept in `folder`."""
+def spoken(folder: Path, voices: int) -> tuple[TensorDataset, TensorDataset]:
+    """To learn from and to be tested with: spectra [n, t, m], lengths [n], words [n].
+
+    The first `voices` of those to learn from, and half as many others; kept in `folder` for the next time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "spoken.pt"
+    kept = folder / f"spoken-{voices}.pt"
     if not kept.exists():
-        sets = [_said(LEARNED, ((130, 35), (160, 50), (190, 65))), _said(HELD_BACK, ((145, 45), (175, 60)))]
+        learned = _said(LEARNED[:voices], ((130, 35), (160, 50), (190, 65)))
+        held_back = _said(HELD_BACK[: (voices + 1) // 2], ((145, 45), (175, 60)))
         beside = kept.with_suffix(".new.pt")
-        torch.save(sets, beside)
+        torch.save((learned, held_back), beside)
         beside.replace(kept)  # whole or not at all, for whoever reads it next
     learned, held_back = torch.load(kept, weights_only=True)
     return TensorDataset(*learned), TensorDataset(*held_back)

@@ -2,7 +2,8 @@
 
     python examples/unet3d.py                                               one process
     hybridpar run -np 4 --pipeline 2 examples/unet3d.py                     2 replicas of 2 stages
-    hybridpar run -np 2 --tensor 2 examples/unet3d.py                       every volume cut in two
+    hybridpar run -np 2 --tensor 2 examples/unet3d.py                       the channels of every layer cut in two
+    hybridpar run -np 2 --tensor 2 examples/unet3d.py --space               every volume cut in two
 
 The volumes are made here, so the answer is known: in a cube of noise a few ellipsoids of random place, size and
 brightness, each with a darker shell that is not to be found. A volume is a function of its number. Dice score: twice
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", default="1f1b", help="gpipe, 1f1b, interleaved, or a CSV file")
     parser.add_argument("--widths", type=int, nargs="+", default=(8, 16, 32), help="channels of each level")
     parser.add_argument("--side", type=int, default=20, help="voxels along each side of a volume")
+    parser.add_argument("--space", action="store_true", help="cut volumes over the tensor axis instead of channels")
     parser.add_argument("--norm", default="group", choices=("batch", "group"))
     parser.add_argument("--lr", type=float, default=1e-2)
     return parser.parse_args()
@@ -78,7 +80,9 @@ def main() -> None:
     mesh = hp.init()  # the degrees come from `hybridpar run`
     loader = hp.DataLoader(Ellipsoids(1000, 4000, args.side), mesh, batch_size=args.batch, drop_last=True)
     model = UNet(colours=1, classes=1, widths=args.widths, norm=args.norm)
-    model = hp.parallelize(model, mesh, loss=loss_of, schedule=args.schedule)
+    by_space = {"": "space"} if mesh.pipeline.size == 1 else model.space_plan  # stages are cut part by part
+    plan = by_space if args.space else model.tensor_plan
+    model = hp.parallelize(model, mesh, loss=loss_of, schedule=args.schedule, plan=plan)
     adam = torch.optim.AdamW(model.parameters(), lr=args.lr)
     optimizer = hp.DistributedOptimizer(adam, model, clip=1.0)
     rate = warm_then_falling(adam, args.steps)

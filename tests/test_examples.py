@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,62 @@ def test_the_digits_are_read_as_well_by_the_hybrid_script_as_by_the_horovod_scri
     assert "data=2 x pipeline=1 x tensor=2" in told
     after = float(re.search(r"([\d.]+)% of the test digits", told)[1])
     assert before > 88 and abs(after - before) < 1, (before, after)  # rounding may move a digit or two of 297
+
+
+@pytest.mark.timeout(260)
+def test_bert_learns_to_fill_gaps_on_two_by_two(tmp_path: Path) -> None:
+    told = run(
+        4, "--pipeline", "2", "examples/bert.py", "--steps", "60", "--batch", "16", "--width", "32", "--depth", "2",
+        "--context", "16", "--vocabulary", "300", "--megabytes", "0.3", "--lr", "0.01", "--folder", str(tmp_path),
+    )  # fmt: skip
+    assert "data=2 x pipeline=2 x tensor=1" in told
+    (loss, unigram) = map(float, re.search(r"validation loss ([\d.]+) .*only: ([\d.]+)", told).groups())
+    assert loss < unigram + 0.3 and unigram < 5.6, "a uniform guess over 300 tokens costs 5.70 nats"
+
+
+@pytest.mark.timeout(260)
+@pytest.mark.parametrize("degrees", [("--pipeline", "2"), ("--tensor", "2")], ids=" ".join)
+def test_the_resnet_reads_digits_on_two_ranks(degrees: tuple[str, str]) -> None:
+    told = run(2, *degrees, "examples/resnet.py", "--steps", "150", "--widths", "8", "16", "32")
+    assert float(re.search(r"([\d.]+)% of the 297 digits", told)[1]) > 85, told
+
+
+@pytest.mark.timeout(260)
+@pytest.mark.parametrize("degrees", [("--pipeline", "2"), ("--tensor", "2")], ids=" ".join)
+def test_the_unet_finds_ellipsoids_by_space_and_over_stages(degrees: tuple[str, str]) -> None:
+    told = run(2, *degrees, "examples/unet3d.py", "--steps", "40", "--side", "12", "--widths", "8", "8", "--space")
+    assert float(re.search(r"Dice score ([\d.]+)", told)[1]) > 0.3, told
+
+
+@pytest.mark.timeout(260)
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng speaks the data of this example")
+def test_the_recogniser_understands_voices_that_it_has_not_heard(tmp_path: Path) -> None:
+    words = ["--steps", "40", "--voices", "2", "--width", "32", "--lr", "0.01", "--folder", str(tmp_path)]
+    told = run(4, "--pipeline", "2", "--tensor", "2", "examples/speech.py", *words)
+    assert float(re.search(r"([\d.]+)% of the 60 digits", told)[1]) > 30, told
+
+
+def test_the_recogniser_says_what_it_lacks_where_espeak_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/speech.py"]
+    environment = os.environ | {"PATH": without("espeak-ng", os.environ["PATH"], tmp_path)}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "needs espeak-ng" in done.stdout and "apt install espeak-ng" in done.stdout
+
+
+def without(program: str, path: str, folder: Path) -> str:
+    """`path` with a folder of links in the place of each folder that has `program`, to all else that is there."""
+    kept = []
+    for place in filter(Path.is_dir, map(Path, path.split(os.pathsep))):
+        if (place / program).exists():
+            linked = folder / str(len(kept))
+            linked.mkdir()
+            for other in place.iterdir():
+                if other.name != program:
+                    (linked / other.name).symlink_to(other)
+            place = linked
+        kept.append(str(place))
+    return os.pathsep.join(kept)
 
 
 def test_the_readme_shows_the_difference_between_the_two_scripts() -> None:
