@@ -42,14 +42,19 @@ def fed(recorder: Recorder) -> list[Fed]:
     world, found = recorder.model.world, []
     leader = world.pipeline.index == 0 and world.tensor.index == 0
     for step in recorder.records:
-        told = world.everyone.objects(((step.batch, step.microbatches) if leader else None, step.fresh, step.groups))
+        batch = (step.batch, step.microbatches) if leader else None
+        batches, fresh, frozen, still, groups = zip(
+            *world.everyone.objects((batch, step.fresh, step.frozen, step.still, step.groups))
+        )
         found.append(
             Fed(
-                [batch for batch, _, _ in told if batch is not None],
+                [batch for batch in batches if batch is not None],
                 step.number,
-                all(fresh for _, fresh, _ in told),
+                all(fresh),
+                frozenset().union(*frozen),
+                frozenset().union(*still),
                 step.clips,
-                merged([groups for _, _, groups in told], recorder),
+                merged(groups, recorder),
             )
         )
     return found

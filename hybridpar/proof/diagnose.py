@@ -74,6 +74,7 @@ class _Asked:
         for earlier in feeding[: one.step]:
             ref.step(earlier)
         here = feeding[one.step]
+        names = [n for n in names if n not in here.frozen]
         before = {n: p.detach().cpu().clone() for n, p in ref.parameters().items()}
         graded = one.kind == GRADIENTS and here.fresh
         self.shares = ref.shares(here, names) if graded else []

@@ -48,6 +48,8 @@ class Step:
     microbatches: int
     number: int  # of the model's own count, on which dropout masks depend
     fresh: bool  # whether gradients of earlier steps were gone
+    frozen: tuple[str, ...]  # parameters that ask for no gradient
+    still: tuple[str, ...]  # modules in evaluation mode
     loss: float = 0.0
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)  # after the optimizers
@@ -137,7 +139,9 @@ class Recorder(Silent):
         if self.double:
             _uncompressed(model)
         fresh = not any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
-        self.records.append(Step(batch, microbatches, model.steps, fresh))
+        frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
+        still = tuple(name for name, module in named_modules(model) if not module.training)
+        self.records.append(Step(batch, microbatches, model.steps, fresh, frozen, still))
         if self.watched == len(self.records) - 1:
             self.watch = Watch(model._draw, model.world.tensor)
             self.watch.attach(named_modules(model) if self.deeply else ())

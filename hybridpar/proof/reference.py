@@ -35,11 +35,14 @@ _ENDLESS = 2**62  # samples that came before: any number of microbatches is allo
 
 @dataclass(frozen=True)
 class Fed:
-    """What a step was fed, over all replicas: (batch, microbatches) of each, and what was done to its gradients."""
+    """What a step was fed, over all replicas: (batch, microbatches) of each; what was frozen, what was in evaluation
+    mode, and what was done to the gradients."""
 
     batches: Sequence[tuple[Any, int]]
     number: int
     fresh: bool
+    frozen: frozenset[str]
+    still: frozenset[str]
     clips: Sequence[tuple[str, float, float]]
     groups: Mapping[int, Sequence[Group]]
 
@@ -100,8 +103,7 @@ class Reference:
 
     def step(self, fed: Fed, watch: Watch | None = None) -> Told:
         """Make the step that the run has made."""
-        if fed.fresh:
-            self.module.zero_grad()
+        self._prepare(fed)
         with self._typed():
             value, micros = self._forward(fed, watch)
             value.backward()
@@ -117,11 +119,18 @@ class Reference:
         weights = {n: p.detach().cpu().clone() for n, p in named.items()}
         return Told(float(value.detach()), gradients, weights, self._buffers, micros)
 
+    def _prepare(self, fed: Fed) -> None:
+        for name, p in self.module.named_parameters():
+            p.requires_grad_(name not in fed.frozen)
+        for name, module in self.module.named_modules():
+            module.training = name not in fed.still
+        if fed.fresh:
+            self.module.zero_grad()
+
     def shares(self, fed: Fed, names: Sequence[str]) -> list[dict[str, Tensor]]:
         """The gradient of the loss of each microbatch alone, weighed as it counts in the whole; they add up to it."""
-        kept = copy.deepcopy(self.module.state_dict())
-        parameters = self.parameters()
-        found = []
+        self._prepare(fed)
+        kept, parameters, found = copy.deepcopy(self.module.state_dict()), self.parameters(), []
         with self._typed():
             parts = self._parts(fed)
             total = sum(micro.counted for micro, _, _ in parts)
@@ -136,6 +145,7 @@ class Reference:
 
     def uses(self, fed: Fed, name: str) -> dict[str, Tensor]:
         """The gradient that each of a tied parameter's uses contributes, by the names under which they use it."""
+        self._prepare(fed)
         first = self.parameters()[name]
         names = [other for other, p in self.parameters().items() if p is first]
         untied = {other: nn.Parameter(first.detach().clone()) for other in names}
