@@ -67,6 +67,7 @@ class ResNet(nn.Module):
     """A classifier of images: `depth` blocks of each of the `widths`.
 
     Example:
+        >>> import torch
         >>> model = ResNet(colours=1, classes=10, widths=(16, 32), depth=2)
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])

@@ -60,6 +60,7 @@ class SpeechRecogniser(nn.Module):
     """Which word an utterance is.
 
     Example:
+        >>> import torch
         >>> model = SpeechRecogniser(bands=40, words=10, width=64, depth=2)
         >>> model(torch.zeros(2, 50, 40), torch.tensor([50, 31])).shape
         torch.Size([2, 10])
