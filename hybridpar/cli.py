@@ -78,10 +78,11 @@ def run(
 
 
 @main.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"ignore_unknown_options": True},
     epilog=f"""{EXAMPLES}
   hybridpar verify --tensor 2 examples/digits_hybrid.py
-  hybridpar verify -np 8 --tensor 2 --pipeline 2 train.py --batch 64
+  hybridpar verify train.py --tensor 2 --pipeline 2 -np 8
+  hybridpar verify --tensor 2 train.py -- --steps 100       # what follows -- is the script's
   hybridpar verify --pipeline 2 --data 2 --steps 1 --json train.py | jq .sentence
 """,
 )
