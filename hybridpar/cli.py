@@ -127,7 +127,7 @@ def verify(
     if as_json:
         click.echo(report.as_json())
     else:
-        show(report, Console())
+        show(report, Console(width=None if sys.stdout.isatty() else 120))
     sys.exit(0 if report.equal else 1)
 
 

@@ -138,20 +138,25 @@ def test_replicas_that_count_the_same_whatever_they_have(monkeypatch: pytest.Mon
 
     with_loss = ParallelModel._with_loss
 
+    class Even:
+        """The peers, as if each replica divided by its own weight alone."""
+
+        def __init__(self, peers: Any) -> None:
+            self.peers, self.index, self.size = peers, peers.index, peers.size
+
+        def allreduce(self, counts: torch.Tensor) -> torch.Tensor:
+            mine = float(counts[-1])
+            self.peers.allreduce(counts)
+            counts[-1] = mine * self.size
+            return counts
+
     def alone(self: Any, batch: Any, microbatches: int, training: bool) -> float:
         peers = self.world.peers
-        one = type("Even", (), {"index": peers.index, "size": peers.size, "allreduce": lambda _, x: _evened(x, peers)})()
-        object.__setattr__(self.world, "peers", one)
+        object.__setattr__(self.world, "peers", Even(peers))
         try:
             return with_loss(self, batch, microbatches, training)
         finally:
             object.__setattr__(self.world, "peers", peers)
-
-    def _evened(counts: torch.Tensor, peers: Any) -> torch.Tensor:
-        mine = float(counts[-1])
-        peers.allreduce(counts)
-        counts[-1] = mine * peers.size  # each replica divides by its own weight
-        return counts
 
     monkeypatch.setattr(ParallelModel, "_with_loss", alone)
     report = verify(norms(init=DATA, microbatches=1), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from hybridpar.proof.facts import CLOSE, Cause, Facts, Mask, Part, module_of, near
+from hybridpar.proof.facts import CLOSE, Cause, Divergence, Facts, Mask, Part, module_of, near
 from hybridpar.proof.gradients import EVEN, counts, tied, unlike_averages, unsummed
 
 
@@ -80,27 +80,37 @@ def same_mask(masks: Sequence[Mask]) -> Cause | None:
                  f"{wrong[0].sample} than one process does", _site(wrong[0]), rank=wrong[0].rank) if wrong else None
 
 
-def first_module(facts: Facts) -> Cause | None:
-    """What the first wrong tensor between modules tells."""
+def summed_wrongly(facts: Facts) -> Cause | None:
+    """What the first wrong tensor between modules tells of the tensor axis."""
     one, tensor = facts.divergence, facts.degrees[2]
+    if one is None or tensor == 1:
+        return None
+    if one.total < CLOSE:
+        return _at(one, "missing reduction", "is never summed over the tensor axis: each rank has its own share")
+    if one.residual < CLOSE and near(one.ratio, tensor):
+        words = f"is summed over the tensor axis once too often: it is {tensor} times too large"
+        return _at(one, "doubled reduction", words)
+    return None
+
+
+def first_module(facts: Facts) -> Cause | None:
+    """What else it tells."""
+    one = facts.divergence
     if one is None:
         return None
+    if one.residual < CLOSE and near(one.ratio, 0):
+        return _at(one, "missing", "is zero: nothing has come from the other stage")
+    if one.twin < CLOSE:
+        return _at(one, "wrong slice", "belongs to another tensor index: it is the wrong slice")
+    return _at(one, "scaled", f"is {one.ratio:.6g} times what it should be") if one.residual < CLOSE else None
+
+
+def _at(one: Divergence, key: str, words: str) -> Cause:
+    """A cause at the module that gives `one`, or whose backward made the gradient."""
     what = f"what {one.module} gives" if one.forward else f"the gradient of what {one.module} gives"
-    module = one.module if one.forward else one.reader or one.module
     by = f", which {one.reader} hands back," if one.reader and not one.forward else ""
-    answers = (
-        (tensor > 1 and one.total < CLOSE, "missing reduction", "is never summed over the tensor axis: each rank has "
-         "its own share"),
-        (tensor > 1 and one.residual < CLOSE and near(one.ratio, tensor), "doubled reduction",
-         f"is summed over the tensor axis once too often: it is {tensor} times too large"),
-        (one.residual < CLOSE and near(one.ratio, 0), "missing", "is zero: nothing has come from the other stage"),
-        (one.twin < CLOSE, "wrong slice", "belongs to another tensor index: it is the wrong slice"),
-        (one.residual < CLOSE, "scaled", f"is {one.ratio:.6g} times what it should be"),
-    )  # fmt: skip
-    for true, key, words in answers:
-        if true:
-            return Cause(key, f"{what}{by} {words}", module, one.microbatch, one.rank)
-    return None
+    module = one.module if one.forward else one.reader or one.module
+    return Cause(key, f"{what}{by} {words}", module, one.microbatch, one.rank)
 
 
 def weighed_loss(facts: Facts) -> Cause | None:
@@ -182,11 +192,13 @@ def scaled_update(facts: Facts) -> Cause | None:
     return Cause("update", f"gradients are right and the update is {fit.factor:.6g} times what it should be")
 
 
-_FORWARD: tuple[Callable[[Facts], Cause | None], ...] = (drawn_again, masked, first_module)
+_FORWARD: tuple[Callable[[Facts], Cause | None], ...] = (drawn_again, masked, summed_wrongly, first_module)
 _BY_KIND: dict[str, tuple[Callable[[Facts], Cause | None], ...]] = {
     "weights at the start": (loaded_elsewhere, unequal_start),
     "loss": (*_FORWARD, weighed_loss),
-    "gradients": (drawn_again, unlike_averages, unsummed, tied, masked, first_module),
+    "gradients": (
+        drawn_again, masked, summed_wrongly, unlike_averages, tied, first_module, unsummed
+    ),  # fmt: skip
     "buffers": (buffers_apart,),
     "updated parameters": (options_apart, not_stepped, never_seen, scaled_update),
 }

@@ -152,7 +152,7 @@ def _zeros(x: Tensor | None, like: Tensor) -> Tensor:
 def _totals(
     recorder: Recorder, here: Mapping[str, Tensor | None], name: str, whole: Mapping[str, Tensor], clipped: bool
 ) -> float:
-    """How far the sum of the shards of `name` over the tensor axis is from the gradient, where all have the whole."""
+    """How far the sum of what the tensor ranks have of `name` is from the gradient, where none has it already."""
     world = recorder.model.world
     told = world.everyone.objects(None if here.get(name) is None else here[name].double())
     wanted = whole[name].double()
@@ -161,10 +161,13 @@ def _totals(
         place = world.mesh.place(rank)
         if x is not None and x.shape == wanted.shape:
             groups.setdefault((place.data, place.pipeline), []).append(x)
-    sums = [sum(group) for group in groups.values() if len(group) == world.tensor.size]
-    # Clipped gradients are known up to a factor: the norm that they were clipped by was wrong too.
-    factors = [fit(wanted.reshape(-1, 1), x.reshape(-1)).coefficients[0] if clipped else 1.0 for x in sums]
-    errors = [largest(x - factor * wanted) for x, factor in zip(sums, factors)]
+    errors = []
+    for group in (group for group in groups.values() if len(group) == world.tensor.size):
+        # Clipped gradients are known up to a factor: the norm that they were clipped by was wrong too.
+        column, total = wanted.reshape(-1, 1), sum(group).reshape(-1)
+        whole_each = all(fit(column, x.reshape(-1)).holds for x in group)
+        factor = fit(column, total).coefficients[0] if clipped else 1.0
+        errors.append(largest(wanted) if whole_each else largest(total - factor * column[:, 0]))
     return max(errors) / max(largest(wanted), _TINY) if errors else 1.0
 
 
