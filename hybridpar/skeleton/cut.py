@@ -27,6 +27,7 @@ class Skeleton:
     Raises ValueError where it cannot be cut.
 
     Example:
+        >>> import torch
         >>> body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         >>> class Net(nn.Module):
         ...     def __init__(self):

@@ -22,6 +22,7 @@ def pack(value: Any) -> tuple[bytes, list[Tensor]]:
     Raises ValueError for what cannot travel.
 
     Example:
+        >>> import torch
         >>> structure, tensors = pack({"x": torch.ones(2), "n": 3})
         >>> len(tensors), unpack(structure, tensors)["n"]
         (1, 3)
