@@ -302,7 +302,7 @@ def test_weights_that_begin_unequal() -> None:
             with torch.no_grad():
                 dict(model.named_parameters())["blocks.1.mlp.up.weight"].add_(1e-4)
 
-    report = found(training(init=DATA, prepared=changed), "unequal start", "blocks.1.mlp.up", "rank 1 begin")
+    report = found(training(init=DATA, prepared=changed), "unequal start", "blocks.1.mlp.up", "rank 1 begins")
     assert report.finding.rank == 1
 
 
@@ -335,6 +335,23 @@ def test_ranks_of_one_replica_that_are_given_different_batches() -> None:
     report = verify(training(init=TENSOR, batches=by_rank), 1)
     assert report.finding.cause == "unequal data order"
     assert "ranks 0 and 1 are in one replica (data index 0) and were given different batches" in report.sentence
+
+
+@ranks(2)
+def test_a_rank_that_makes_fewer_steps() -> None:
+    def train() -> None:
+        from tests.trainings import tokens
+
+        mesh = hp.init(data=2)
+        model = hp.parallelize(gpt(), mesh, loss=hp.CrossEntropy())
+        optimizer = plain_adam(model)
+        for step in range(2 - mesh.rank):
+            model.train_step(tokens(step))
+            optimizer.step()
+
+    report = verify(train)
+    assert report.finding.cause == "unequal number of steps"
+    assert "rank 1 has ended its training and rank 0 goes on to step 1" in report.sentence
 
 
 @ranks(2)

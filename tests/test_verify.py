@@ -158,6 +158,23 @@ def _some_steps(mesh: Any, model: Any) -> None:
 
 
 @ranks(2)
+def test_gradients_of_two_steps_may_add_up_before_the_optimizer_steps() -> None:
+    def train() -> None:
+        from tests.trainings import tokens
+
+        mesh = hp.init(pipeline=2)
+        model = hp.parallelize(gpt(), mesh, loss=hp.CrossEntropy())
+        optimizer = plain_adam(model)
+        for step in range(6):
+            model.train_step(tokens(step), microbatches=2)
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    assert_equal(train, steps=4)
+
+
+@ranks(2)
 def test_a_module_that_draws_from_torch_s_generator_is_told_so() -> None:
     class Drawing(nn.Module):
         chain = ("a", "b")
@@ -262,6 +279,20 @@ def test_the_digits_example_is_verified(tmp_path: Path) -> None:
 def test_wrong_use_ends_with_code_2(words: Sequence[str], sentence: str) -> None:
     result = CliRunner().invoke(main, ["verify", *words])
     assert result.exit_code == 2 and sentence in result.output
+
+
+def test_a_model_that_cannot_compute_in_fp64_is_verified_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "single.py"
+    path.write_text(
+        "import torch\nimport hybridpar as hp\nfrom torch import nn\n"
+        "class Single(nn.Linear):\n    def forward(self, x):\n        return super().forward(x.float())\n"
+        "mesh = hp.init()\nmodel = hp.parallelize(Single(4, 1), mesh, loss=nn.MSELoss())\n"
+        "stepper = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "model.train_step((torch.ones(4, 4), torch.ones(4, 1)))\nstepper.step()\n"
+    )
+    job = command(tmp_path, "-np", "1", str(path))
+    assert job.code == 0, job.said + job.out
+    assert "note: a later run ended with code 1" in job.out and "in the one step" in job.out
 
 
 def test_a_script_that_trains_nothing_is_wrong_use(tmp_path: Path) -> None:

@@ -39,8 +39,11 @@ def loaded_elsewhere(facts: Facts) -> Cause | None:
 
 def unequal_start(facts: Facts) -> Cause | None:
     ranks = [rank for rank, names in enumerate(facts.wrong) if names]
-    return Cause("unequal start", f"{_ranks(ranks)} begin with other weights than the module had when it was cut: they "
-                 "were changed, or loaded, on some ranks only", rank=ranks[0]) if ranks else None  # fmt: skip
+    if not ranks:
+        return None
+    begin = "begins" if len(ranks) == 1 else "begin"
+    return Cause("unequal start", f"{_ranks(ranks)} {begin} with other weights than the module had when it was cut: "
+                 "they were changed, or loaded, on some ranks only", rank=ranks[0])  # fmt: skip
 
 
 # ---- forward

@@ -220,7 +220,7 @@ def spec_of(recorder: Recorder, name: str, whole: Tensor) -> Spec:
 def allowed(kind: str, scale: float, dtype: torch.dtype, noise: float | None, exact: bool) -> float:
     """How far off rounding may be."""
     if kind == START or not dtype.is_floating_point:
-        return 1e-300  # the same bits
+        return 0.0  # the same bits
     if exact:
         return max(EXACT * scale, _TO_DOUBLE * (noise or 0.0), 1e-300)
     last = _LAST_PLACES * torch.finfo(dtype).eps

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 # In the order in which a training step makes them.
 KINDS = ("weights at the start", "loss", "gradients", "buffers", "updated parameters")
@@ -30,8 +30,10 @@ class Difference:
 
     @property
     def excess(self) -> float:
-        """How many times what is allowed; infinite for numbers that are not."""
-        return self.error / self.allowed if math.isfinite(self.error) else math.inf
+        """How many times what is allowed; infinite for numbers that are not, and where none is."""
+        if not self.allowed or not math.isfinite(self.error):
+            return math.inf if self.error else 0.0
+        return self.error / self.allowed
 
     @property
     def order(self) -> tuple[int, int]:
@@ -131,11 +133,6 @@ def first(differences: Sequence[Difference]) -> Difference | None:
         return None
     order = min(one.order for one in wrong)
     return max((one for one in wrong if one.order == order), key=lambda one: one.excess)
-
-
-def renamed(finding: Finding, **changed: object) -> Finding:
-    """`finding` with some of it replaced."""
-    return replace(finding, **changed)
 
 
 def _finite(value: object) -> object:

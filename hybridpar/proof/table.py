@@ -27,7 +27,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _cells(row: Row) -> list[str | Text]:
-    allowed = "0" if row.allowed < 1e-200 else f"{row.allowed:.1e}"
+    allowed = f"{row.allowed:.1e}" if row.allowed else "0"
     error, where = (f"{row.error:.1e}", row.where) if row.error else ("0", "")
     verdict = Text(row.verdict, style=_COLOURS[row.verdict])
     return [row.run, row.quantity, error, allowed, f"{row.scale:.1e}", where, verdict]

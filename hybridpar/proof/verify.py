@@ -18,7 +18,7 @@ import torch
 
 from hybridpar.microbatch import fingerprint
 from hybridpar.proof.causes import likely, same_mask
-from hybridpar.proof.compare import Noise, compared, fed, is_double
+from hybridpar.proof.compare import GRADIENTS, Noise, compared, fed, is_double
 from hybridpar.proof.diagnose import facts
 from hybridpar.proof.facts import Cause, Facts, Mask
 from hybridpar.proof.recorder import Recorder
@@ -141,10 +141,11 @@ class _Verification:
 
 
 def _leading(recorder: Recorder, differences: Sequence[Difference], one: Difference) -> Difference:
-    """Of the gradients that differ in the same step, that of the last module: its backward comes first."""
+    """Of what differs at once the first: of gradients that of the last module, whose backward comes first."""
     order = {name: place for place, name in enumerate(recorder.model._applied.specs)}
     wrong = [d for d in differences if d.order == one.order and not d.excess <= 1]
-    return max(wrong, key=lambda d: (order.get(d.name, -1), d.excess)) if one.kind == "gradients" else one
+    sign = -1 if one.kind == GRADIENTS else 1
+    return min(wrong, key=lambda d: (sign * order.get(d.name, 0), d.name, -d.excess))
 
 
 def _module(known: Facts) -> str:
@@ -160,8 +161,8 @@ def _finding(one: Difference, cause: Cause, module: str) -> Finding:
     where = f"step {one.step}, rank {rank}" + (f", {module}" if module else "")
     where += "" if cause.microbatch is None else f", microbatch {cause.microbatch}"
     what = f"{one.kind} ({one.name})" if one.name else one.kind
-    size = f"off by {one.error:.1e} where rounding explains {max(one.allowed, 0.0):.1e}"
-    if one.kind == "weights at the start":
+    size = f"off by {one.error:.1e} where rounding explains {one.allowed:.1e}"
+    if not one.allowed:
         size = f"off by {one.error:.1e}"
     sentence = f"The run differs from one process: {what} in {where}, {size}. Likely cause: {cause.words}."
     return Finding(
