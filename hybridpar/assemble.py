@@ -31,6 +31,7 @@ from hybridpar.split import Chain, Stage
 from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.tensor.recurrent import unstacked
+from hybridpar.tensor.synced import synchronise
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
 
@@ -89,6 +90,7 @@ def parallelize(
     bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     plan = _plan(module, plan, mesh.tensor.size, sequence)
     applied = apply(module, plan, mesh.tensor, draw, sequence)
+    synced = synchronise(module, mesh.peers)
     all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
@@ -108,6 +110,7 @@ def parallelize(
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
         report=_report(all_stages, homes, spent, bounds, applied, mesh),
+        in_step=synced > 0,
     )
     listener().parallelized(model)
     return model

@@ -40,7 +40,7 @@ Named = list[tuple[str, nn.Parameter]]
 class ParallelModel:
     """What `hp.parallelize` returns: this rank's part of the model.
 
-    `world` are the axes, `report` says in words how the model was cut.
+    `world` are the axes, `report` says in words how the model was cut. `in_step`: replicas meet within their forwards.
 
     Example:
         >>> model = hp.parallelize(nn.Linear(4, 1), world, loss=nn.MSELoss())
@@ -63,8 +63,9 @@ class ParallelModel:
         draw: Draw,
         loss: WeightedLoss | None,
         report: str,
+        in_step: bool = False,
     ) -> None:
-        self.world, self.report = world, report
+        self.world, self.report, self._in_step = world, report, in_step
         self._stages, self._owned, self._applied = stages, owned, applied
         self._executor, self._schedules, self._draw = executor, schedules, draw
         self._loss = loss
@@ -134,10 +135,16 @@ class ParallelModel:
         self._agree_on([sum(sizes), len(parts), fingerprint((inputs, targets))])
         self._largest = max(self._largest, sum(sizes))
         weights = [loss.weight(part[1], n) for part, n in parts]
-        counts = torch.zeros(world.peers.size + 1, dtype=torch.float64)  # each replica's samples, and all weights
-        counts[world.peers.index], counts[-1] = sum(sizes), sum(weights)
+        # Each replica's samples; all microbatches; all weights.
+        counts = torch.zeros(world.peers.size + 2, dtype=torch.float64)
+        counts[world.peers.index], counts[-2], counts[-1] = sum(sizes), len(parts), sum(weights)
         world.peers.allreduce(counts)
         before, weight = int(counts[: world.peers.index].sum()), float(counts[-1])
+        if self._in_step and counts[-2] != len(parts) * world.peers.size:
+            raise ValueError(
+                f"the {world.peers.size} replicas cut their batches into {counts[-2]:.0f} microbatches, this one into "
+                f"{len(parts)}, and a SyncBatchNorm needs the same number from each: use fewer, or drop_last=True"
+            )
         losses: list[Tensor] = []
         scale = world.data.size / weight if weight else 0.0
 

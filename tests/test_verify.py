@@ -448,3 +448,15 @@ def test_a_report_survives_json_and_shows_the_worst_of_each_kind() -> None:
     finding = Finding("gradients", "a", 0, 1, None, 2e-3, 1e-4, "unknown", "It differs.")
     report = Report("data=1 x pipeline=1 x tensor=2", 3, rows("fp64", [one, broken]), finding, ("a note",))
     assert Report.from_json(report.as_json()) == report and not report.equal
+
+
+def test_a_script_that_hangs_is_ended_and_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "hangs.py"
+    path.write_text(
+        "import time\nimport hybridpar as hp\nmesh = hp.init()\n"
+        "def stuck():\n    time.sleep(1000) if mesh.rank else mesh.everyone.barrier()\nstuck()\n"
+    )
+    job = command(tmp_path, "--data", "2", "--timeout", "8", str(path))
+    assert job.code == 1 and "the script hangs, or its first 3 steps need more than 8 s" in job.said, job.said
+    assert job.lines("[rank 1] verify: ")[0].endswith("It is at hangs.py:5 in stuck")
+    assert "hangs.py:5 in stuck, " in job.lines("[rank 0] verify: ")[0] and "in barrier" in job.said

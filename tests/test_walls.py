@@ -25,7 +25,7 @@ FLOORS = (
         "facts",
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
-        + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "tensor/halo"),
+        + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience", "tensor/halo"),
         (),
     ),
     ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),

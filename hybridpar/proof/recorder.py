@@ -111,6 +111,11 @@ class Recorder(Silent):
     ) -> tuple[nn.Module, Any, Any]:
         if self._ready:
             return module, loss, example
+        if mesh.data.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in module.modules()):
+            raise ValueError(
+                f"a SyncBatchNorm joins the microbatches of {mesh.data.size} replicas, which no run of one process "
+                "does: verify the other axes, with --data 1"
+            )
         if self.double:
             torch.set_default_dtype(torch.float64)
             module, loss, example = module.double(), doubled_loss(loss), doubled(example)

@@ -104,8 +104,8 @@ def _batch(region: Region, func: Callable[..., Any], args: tuple, kwargs: dict[s
     if sum(counts) == 1:
         region.refuse(f"a batch norm of one value per channel (shape {list(whole_shape(region, x))})")
     out, now, spread = standardise(x, weight, bias, counts, eps, region.axis)
-    _run(mean, now, momentum)
-    _run(variance, spread * (sum(counts) / (sum(counts) - 1)), momentum)
+    move(mean, now, momentum)
+    move(variance, spread * (sum(counts) / (sum(counts) - 1)), momentum)
     return region.cut(out, rows)
 
 
@@ -121,8 +121,8 @@ def _instance(region: Region, func: Callable[..., Any], args: tuple, kwargs: dic
     if sum(counts) == 1:
         region.refuse(f"an instance norm of one value per channel (shape {list(whole_shape(region, x))})")
     out, now, spread = standardise(x.reshape(1, b * c, *x.shape[2:]), None, None, counts, eps, region.axis)
-    _run(mean, now.view(b, c).mean(0), momentum)
-    _run(variance, (spread * (sum(counts) / (sum(counts) - 1))).view(b, c).mean(0), momentum)
+    move(mean, now.view(b, c).mean(0), momentum)
+    move(variance, (spread * (sum(counts) / (sum(counts) - 1))).view(b, c).mean(0), momentum)
     return region.cut(_affine(out.view(x.shape), weight, bias), rows)
 
 
@@ -168,7 +168,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.view(rest)
 
 
-def _run(statistic: Tensor | None, now: Tensor, momentum: float) -> None:
+def move(statistic: Tensor | None, now: Tensor, momentum: float) -> None:
     """Move a running statistic towards what it is now."""
     if statistic is not None:
         with torch.no_grad():

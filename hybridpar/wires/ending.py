@@ -72,6 +72,11 @@ class Ending:
         ending._install()
         return ending
 
+    @property
+    def rank(self) -> int:
+        """This process's, as the launcher tells it before MPI is up."""
+        return self._rank
+
     def join(self, world: MPI.Intracomm) -> None:
         """MPI is up: from now on a failure aborts `world`."""
         self._world, self._rank, self._many = world, world.rank, world.size > 1
