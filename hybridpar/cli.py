@@ -93,6 +93,7 @@ def run(
 @click.option("--carrier", type=click.Choice(["mpi", "gloo", "nccl"]), help="What carries tensors between ranks.")
 @click.option("--steps", type=int, default=3, show_default=True, help="Training steps to compare.")
 @click.option("--fp64/--no-fp64", "double", default=True, help="Also run it in fp64, which tells bugs from rounding.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for these steps; then it hangs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -104,6 +105,7 @@ def verify(
     carrier: str | None,
     steps: int,
     double: bool,
+    timeout: float,
     as_json: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -122,7 +124,7 @@ def verify(
     with _said():
         report = job.start(
             script, arguments, os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)), ranks=ranks,
-            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, steps=steps, double=double,
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, steps=steps, double=double, timeout=timeout,
         )  # fmt: skip
     if as_json:
         click.echo(report.as_json())
