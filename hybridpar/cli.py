@@ -9,8 +9,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
+
+from hybridpar.launch.wishes import BINDINGS, LAUNCHERS, Wishes, setting
 
 EXAMPLES = "\b\nExamples:"  # \b: click leaves the lines that follow as they are
 
@@ -36,45 +39,61 @@ def main() -> None:
     epilog=f"""{EXAMPLES}
   hybridpar run -np 4 --tensor 2 examples/gpt.py
   hybridpar run -np 8 --tensor 2 --pipeline 2 train.py --steps 100
-  hybridpar run -np 8 --pipeline 4 --dry-run train.py
+  hybridpar run -H a:4,b:4 --tensor 4 --tag-output train.py
+  hybridpar run --hostfile hosts -np 16 --pipeline 4 --dry-run train.py
 """,
 )
-@click.option("-np", "ranks", type=int, required=True, help="How many ranks to start, all on this machine.")
+@click.option("-np", "ranks", type=int, help="How many ranks to start; all slots of the hosts if left out.")
 @click.option("--tensor", type=int, help="Ranks along the tensor axis.")
 @click.option("--pipeline", type=int, help="Ranks along the pipeline axis.")
 @click.option("--data", type=int, help="Ranks along the data axis; the rest if left out.")
 @click.option("--carrier", type=click.Choice(["mpi", "gloo", "nccl"]), help="What carries tensors between ranks.")
+@click.option("-H", "--hosts", help="Hosts and their slots, as in a:4,b:4; this host alone if left out.")
+@click.option("--hostfile", help="A file with a line `name slots=4` for each host.")
+@click.option("--launcher", type=click.Choice(LAUNCHERS), default="auto", show_default=True, help="What starts ranks.")
+@click.option("--ssh-port", type=int, help="Port of the hosts' ssh.")
+@click.option("--ssh-identity", help="File of the key for ssh.")
+@click.option("--ssh-config", help="Configuration file of ssh, instead of the user's.")
+@click.option("--network-interface", help="The interface between the hosts, as in eth0.")
+@click.option("--bind-to", type=click.Choice(BINDINGS), default="none", show_default=True, help="Pin ranks to cores.")
+@click.option("--threads", type=int, help="Threads of each rank; the host's cores shared out if left out.")
+@click.option("--env", "sets", multiple=True, metavar="NAME[=VALUE]", help="Set this for all ranks; may be repeated.")
 @click.option("--tag-output", is_flag=True, help="Put the rank before each line of output.")
+@click.option("--output-dir", help="Write what each rank prints to files in this folder.")
+@click.option("--mpi-args", default="", help="More options for mpirun or srun, in one string.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be run.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(
-    ranks: int,
+    ranks: int | None,
     tensor: int | None,
     pipeline: int | None,
     data: int | None,
     carrier: str | None,
-    tag_output: bool,
+    sets: tuple[str, ...],
     dry_run: bool,
     script: str,
     arguments: tuple[str, ...],
+    **options: Any,
 ) -> None:
-    """Run SCRIPT on the ranks of a mesh, over horovodrun.
+    """Run SCRIPT on the ranks of a mesh, on this host or several.
 
     The degrees overrule those that the script gives to hp.init(). The exit code is the job's.
     """
-    from hybridpar import launch
     from hybridpar.install.probe import prefix, scripts
+    from hybridpar.launch.job import plan
+    from hybridpar.launch.start import start
 
     with _said():
-        job = launch.plan(
+        wishes = Wishes(sets=tuple(setting(one) for one in sets), **options)
+        job = plan(
             ranks, [script, *arguments], os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)),
-            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, tag_output=tag_output,
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, wishes=wishes,
         )  # fmt: skip
     if dry_run:
         click.echo(str(job))
         return
-    sys.exit(launch.start(job))
+    sys.exit(start(job))
 
 
 @main.command(

@@ -13,9 +13,9 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from hybridpar import launch
 from hybridpar.cli import main
 from hybridpar.install.probe import prefix, scripts
+from hybridpar.launch.job import plan
 from hybridpar.mesh import Mesh
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +47,12 @@ def test_every_command_has_help_with_examples() -> None:
 
 
 def test_a_job_is_planned_for_its_mesh(script: Path) -> None:
-    job = launch.plan(
+    job = plan(
         8, [str(script), "--steps", "3"], {"PATH": "/usr/bin", "OMPI_MCA_mpi_yield_when_idle": "0"},
         scripts(), prefix(), cores=16, tensor=2, pipeline=2, carrier="gloo",
     )  # fmt: skip
     assert job.mesh == Mesh(data=2, pipeline=2, tensor=2)
-    assert job.command[:4] == (str(scripts() / "horovodrun"), "-np", "8", "--mpi")
+    assert job.command[:3] == (str(scripts() / "mpirun"), "-np", "8")
     assert job.command[-4:] == (sys.executable, str(script), "--steps", "3")
     assert job.environment["HYBRIDPAR_TENSOR"] == "2"
     assert job.environment["HYBRIDPAR_PIPELINE"] == "2"
@@ -64,10 +64,10 @@ def test_a_job_is_planned_for_its_mesh(script: Path) -> None:
 
 
 def test_more_ranks_than_cores_share_them(script: Path) -> None:
-    job = launch.plan(4, [str(script)], {"OMP_NUM_THREADS": "3"}, scripts(), prefix(), cores=2)
+    job = plan(4, [str(script)], {"OMP_NUM_THREADS": "3"}, scripts(), prefix(), cores=2)
     assert job.environment["OMPI_MCA_rmaps_base_oversubscribe"] == "1"
     assert job.environment["OMP_NUM_THREADS"] == "3"
-    assert launch.plan(4, [str(script)], {}, scripts(), prefix(), cores=2).environment["OMP_NUM_THREADS"] == "1"
+    assert plan(4, [str(script)], {}, scripts(), prefix(), cores=2).environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_dry_run_prints_the_command_and_starts_nothing(script: Path) -> None:
@@ -99,8 +99,8 @@ def test_a_script_that_is_not_there_is_wrong_use() -> None:
 
 
 def test_without_horovod_the_way_out_is_named(script: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="horovodrun is missing.*hybridpar install"):
-        launch.plan(2, [str(script)], {"PATH": str(tmp_path)}, tmp_path, tmp_path, cores=2)
+    with pytest.raises(RuntimeError, match="mpirun is missing.*hybridpar install"):
+        plan(2, [str(script)], {"PATH": str(tmp_path)}, tmp_path, tmp_path, cores=2)
 
 
 def test_a_schedule_is_drawn_and_written(tmp_path: Path) -> None:

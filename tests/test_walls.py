@@ -41,9 +41,9 @@ FLOORS = (
         + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank"),
         ("torch",),
     ),
-    ("shell", ("cli", "launch", "__main__", "proof/job", "proof/table"), ("click", "rich", "psutil")),
+    ("shell", ("cli", "launch/*", "__main__", "proof/job", "proof/table"), ("click", "rich", "psutil")),
 )
-READ_THE_ENVIRONMENT = ("start", "launch", "cli", "doctor", "wires/boot", "wires/ending", "install/*")
+READ_THE_ENVIRONMENT = ("start", "cli", "doctor", "wires/boot", "wires/ending", "install/*")
 PICKLING = ("bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce", "scan", "exscan")
 PICKLING += ("send", "isend", "ssend", "issend", "bsend", "recv", "irecv", "sendrecv", "mrecv")
 CARRIERS = ("mpi4py", "horovod", "torch.distributed")

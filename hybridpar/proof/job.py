@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hybridpar import launch
+from hybridpar.launch.job import plan
+from hybridpar.launch.start import start as run
 from hybridpar.proof import rank
 from hybridpar.proof.patience import HUNG
 from hybridpar.proof.report import Report
@@ -51,12 +52,12 @@ def start(
     with tempfile.TemporaryDirectory(prefix="hybridpar-verify-") as folder:
         path = Path(folder, "report.json")
         words = [rank.__file__, str(path), str(steps), "fp64" if double else "as-is", str(timeout), script, *arguments]
-        job = launch.plan(
+        job = plan(
             ranks, words, environment, scripts, prefix, cores,
             tensor=tensor, pipeline=pipeline, data=data, carrier=carrier,
         )  # fmt: skip
         print(f"verify: {job.mesh}, {steps} steps, against one process", file=sys.stderr, flush=True)
-        code = launch.start(job)
+        code = run(job)
         report = Report.from_json(path.read_text()) if path.exists() else None
     if report is None and code == WRONG_USE:
         raise ValueError("there was nothing to compare; what is above tells why")

@@ -1,0 +1,1 @@
+"""From `hybridpar run` to a running job: hosts, placement, the launcher's line, its start and its end."""

@@ -1,0 +1,166 @@
+"""Plan a job: from a wish (ranks, degrees, hosts, options) to a command line and its environment, all checked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybridpar.install import mpi
+from hybridpar.install.probe import output
+from hybridpar.launch import lines
+from hybridpar.launch.hosts import Allocation, Host, allocated, parse, read_file
+from hybridpar.launch.placement import Placement, place
+from hybridpar.launch.wishes import Wishes
+from hybridpar.mesh import Mesh
+
+_INSIDE = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is started: the mesh of its ranks, the command line, the environment, what of that was added here.
+
+    `reach` is the remote shell with its options where hosts have to be reached through one, else ().
+    """
+
+    mesh: Mesh
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    added: Mapping[str, str]
+    placement: Placement | None = None
+    reach: tuple[str, ...] = ()
+    script: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sets = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.added.items())]
+        where = f" on {self.placement}" if self.placement else ""
+        return "\n".join([f"# {self.mesh}{where}", *(f"{one} \\" for one in sets), shlex.join(self.command)])
+
+
+def plan(
+    ranks: int | None,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    scripts: Path,
+    prefix: Path,
+    cores: int,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    data: int | None = None,
+    carrier: str | None = None,
+    wishes: Wishes | None = None,
+) -> Job:
+    """How `command` (a Python script and its arguments) is started on `ranks` ranks.
+
+    `scripts` and `prefix` are those of the environment that holds Horovod; degrees and carrier that are None are left
+    to the script. `ranks` that are None are as many as the hosts have slots.
+
+    Raises ValueError where the degrees do not fit the ranks, the ranks the hosts, or the script is not there;
+    RuntimeError where Horovod or MPI is not installed.
+
+    Example:
+        >>> plan(8, ["train.py"], os.environ, scripts(), prefix(), cores=4, tensor=2).mesh  # doctest: +SKIP
+        Mesh(data=4, pipeline=1, tensor=2)
+    """
+    wishes = wishes if wishes is not None else Wishes()
+    inside = [name for name in _INSIDE if environment.get(name)]
+    if inside:
+        raise ValueError(
+            f"this process is itself a rank of a job ({inside[0]}={environment[inside[0]]}), and MPI starts no job "
+            "inside a job: start `hybridpar run` once, from the shell or the batch script"
+        )
+    given = allocated(environment)
+    hosts = _hosts(wishes, given)
+    if ranks is None and hosts is None:
+        raise ValueError("how many ranks? give -np, or hosts with their slots, as in -H a:4,b:4")
+    ranks = ranks if ranks is not None else sum(host.slots for host in hosts or ())
+    if ranks < 1:
+        raise ValueError(f"-np {ranks}: a job has at least 1 rank")
+    mesh = Mesh.fit(ranks, data=data, pipeline=pipeline, tensor=tensor)
+    if not command or not Path(command[0]).is_file():
+        raise ValueError(f"there is no script {command[0] if command else ''!r} in {Path.cwd()}: give the path of one")
+    placement = place(mesh, hosts) if hosts is not None else None
+    if placement is not None and _is_here([host.name for host in placement.hosts]):
+        placement = None
+    told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier}
+    ready = mpi.settings(environment, scripts, prefix)
+    ready.update({name: value for name, value in wishes.sets if value is not None})
+    ready.update({f"HYBRIDPAR_{name}": str(value) for name, value in told.items() if value is not None})
+    local = max(host.slots for host in placement.hosts) if placement else ranks
+    threads = wishes.threads or max(1, cores // local)
+    if wishes.threads:
+        ready["OMP_NUM_THREADS"] = str(threads)
+    ready.setdefault("OMP_NUM_THREADS", str(threads))
+    if placement is None and ranks > cores:
+        ready.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    for name, value in lines.network(wishes.network_interface, placement is not None).items():
+        ready.setdefault(name, value)
+    reach = _reach(placement, wishes, given, ready)
+    line = _line(ranks, placement, wishes, given, ready, scripts, threads)
+    added = {name: value for name, value in ready.items() if environment.get(name) != value}
+    return Job(mesh, (*line, sys.executable, *command), ready, added, placement, reach, tuple(command))
+
+
+def _hosts(wishes: Wishes, given: Allocation | None) -> tuple[Host, ...] | None:
+    if wishes.hosts is not None:
+        return parse(wishes.hosts)
+    if wishes.hostfile is not None:
+        return read_file(Path(wishes.hostfile))
+    return given.hosts if given is not None else None
+
+
+def _is_here(names: Sequence[str]) -> bool:
+    """Whether all `names` mean this host."""
+    own = socket.gethostname()
+    return set(names) <= {"localhost", "127.0.0.1", "[::1]", own, own.partition(".")[0]}
+
+
+def _reach(
+    placement: Placement | None, wishes: Wishes, given: Allocation | None, ready: dict[str, str]
+) -> tuple[str, ...]:
+    """The remote shell that MPI is to use; it is told through `ready`. () where the batch system does it."""
+    if placement is None or (given is not None and given.system == "Slurm"):
+        return ()
+    agents = {"LSF": "blaunch", "PBS": "pbs_tmrsh"}
+    agent = agents.get(given.system, "") if given is not None else ""
+    if agent and shutil.which(agent, path=ready["PATH"]):
+        ready.setdefault("OMPI_MCA_plm_rsh_agent", agent)
+        return ()
+    if "OMPI_MCA_plm_rsh_agent" in ready:
+        return (*shlex.split(ready["OMPI_MCA_plm_rsh_agent"]), *shlex.split(ready.get("OMPI_MCA_plm_rsh_args", "")))
+    options = [*lines.ssh(wishes), *shlex.split(ready.get("OMPI_MCA_plm_rsh_args", ""))]
+    ready["OMPI_MCA_plm_rsh_args"] = shlex.join(options)
+    return ("ssh", *options)
+
+
+def _line(
+    ranks: int, placement: Placement | None, wishes: Wishes, given: Allocation | None,
+    ready: Mapping[str, str], scripts: Path, threads: int,
+) -> list[str]:  # fmt: skip
+    launcher = wishes.launcher
+    if launcher == "auto":
+        launcher = "srun" if given is not None and given.system == "Slurm" and _offers_pmix(ready) else "mpirun"
+    if launcher == "srun":
+        if given is None or given.system != "Slurm":
+            raise ValueError("--launcher srun needs a Slurm allocation: use salloc or sbatch, or leave it out")
+        return lines.srun(ranks, placement or Placement((Host(socket.gethostname(), ranks),)), wishes, threads)
+    found = {name: shutil.which(name, path=ready["PATH"]) for name in {"mpirun", launcher}}
+    for program, path in found.items():
+        if path is None:
+            raise RuntimeError(f"{program} is missing in {scripts} and on PATH: run `hybridpar install`")
+    if launcher == "horovodrun":
+        home = Path(found["mpirun"] or "").parent.parent
+        return lines.horovodrun(found[launcher] or "", ranks, placement, wishes, home)
+    names = lines.exported(ready, [name for name, _ in wishes.sets])
+    return lines.mpirun(found["mpirun"] or "", ranks, placement, wishes, names, os.getcwd())
+
+
+def _offers_pmix(environment: Mapping[str, str]) -> bool:
+    told = output(["srun", "--mpi=list"], environment) if shutil.which("srun", path=environment["PATH"]) else None
+    return "pmix" in (told or "")
