@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -87,14 +86,14 @@ class Cluster:
 
     def __init__(self, folder: Path, hosts: Mapping[str, int], switch: int, held_back: bool) -> None:
         self.folder, self.hosts = folder, tuple(hosts)
-        self._first, self._switch, self._held_back, self._count = dict(hosts), switch, held_back, 0
+        self._first, self._switch, self._held_back = dict(hosts), switch, held_back
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def start(
         self, host: str, command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> Running:
         """`command` on `host`, in the shell of somebody who has activated our environment there and done no more."""
-        self._count += 1
-        folder = self.folder / f"command-{self._count}"
+        folder = self.folder / f"command-{len(self._started)}"
         folder.mkdir()
         chdir = ["env", f"--chdir={cwd or self.folder}"]
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
@@ -103,6 +102,7 @@ class Cluster:
                 env={**plain_environment(), **(env or {})},
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
+        self._started.append(process)
         return Running(process, folder)
 
     def run(
@@ -163,7 +163,9 @@ class Cluster:
         for host in self.hosts:
             for one in self.processes(host):
                 with suppress(psutil.Error):
-                    one.send_signal(signal.SIGKILL)
+                    one.kill()
+        for process in self._started:
+            process.wait()
 
     def _inside(self, first: int) -> list[str]:
         return _entered(first, *_NAMESPACES)
@@ -182,7 +184,8 @@ def missing() -> str:
     if lacking:
         return f"{', '.join(lacking)} not found (on Debian: apt-get install iproute2 openssh-server)"
     try:
-        _called(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "ip", "link", "add", "tried", "type", "bridge"])
+        spaces = ["--net", "--uts", "--mount", "--pid", "--fork"]
+        _called(["unshare", *spaces, "ip", "link", "add", "tried", "type", "bridge"])
     except subprocess.CalledProcessError as error:
         return f"the kernel gives no namespaces or no bridge: {error.stderr.strip()}"
     return ""
@@ -233,9 +236,8 @@ def _write_settings(folder: Path, addresses: Mapping[str, str]) -> None:
         _called(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(folder / f"{key}_key")])
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     public = (folder / "host_key.pub").read_text()
-    (folder / "known_hosts").write_text("".join(f"{name} {public}" for name in addresses))
-    known = "".join(f"[{name}]:2222 {public}" for name in addresses)
-    (folder / "known_hosts").open("a").write(known)
+    known = "".join(f"{name} {public}[{name}]:2222 {public}" for name in addresses)
+    (folder / "known_hosts").write_text(known)
     for name in addresses:
         etc = folder / f"etc-{name}"
         (etc / "ssh").mkdir(parents=True)

@@ -2,8 +2,8 @@
 
     python switch.py SECONDS PID...          started by `unshare --net`; PID is the first process of a host
 
-Each host gets an eth0 that ends here, as a TAP device. (The kernel's own `netem` is a module that many lack.) It ends with
-its standard input.
+Each host gets an eth0 that ends here, as a TAP device. (The kernel's own `netem` is a module that many lack.) It ends
+with its standard input.
 """
 
 from __future__ import annotations
