@@ -25,7 +25,7 @@ def _said() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         click.echo(f"hybridpar: {error}", err=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(2 if isinstance(error, ValueError) else getattr(error, "exit_code", 1))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,6 +82,7 @@ def run(
     """
     from hybridpar.install.probe import prefix, scripts
     from hybridpar.launch.job import plan
+    from hybridpar.launch.reach import checked
     from hybridpar.launch.start import start
 
     with _said():
@@ -90,9 +91,10 @@ def run(
             ranks, [script, *arguments], os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)),
             tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, wishes=wishes,
         )  # fmt: skip
-    if dry_run:
-        click.echo(str(job))
-        return
+        if dry_run:
+            click.echo(str(job))
+            return
+        job = checked(job)
     sys.exit(start(job))
 
 

@@ -1,10 +1,12 @@
 """`hp.init`: from a launched process to a `World`.
 
-The only place that reads what `hybridpar run` (launch.py) wrote into the environment:
+The only place that reads what `hybridpar run` (launch/) and the user wrote into the environment:
 
     HYBRIDPAR_TENSOR, HYBRIDPAR_PIPELINE, HYBRIDPAR_DATA    degrees; they overrule the script's
     HYBRIDPAR_CARRIER                                       mpi, gloo or nccl, for the tensor and pipeline axes
     HYBRIDPAR_SYNCHRONOUS_SENDS                             1: sends wait for their receiver (tests)
+    HYBRIDPAR_SILENT_SECONDS                                without a sign of life a rank ends the job; 0: never
+    HYBRIDPAR_LINK_SECONDS                                  so long the network may be away
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def init(
     from hybridpar.mesh import Mesh
     from hybridpar.wires.mpi import MpiAxis
     from hybridpar.wires.opening import open_world, stop_earlier_horovod
+    from hybridpar.wires.watchdog import LINK_SECONDS, SILENT_SECONDS
 
     comm = comm if comm is not None else world
     degrees = {
@@ -79,11 +82,12 @@ def init(
     }
     _agree(MpiAxis(comm, "everyone").objects({**degrees, "seed": seed, "torch": torch.__version__, **_script()}))
     mesh = Mesh.fit(comm.size, **degrees)
+    patience = (_seconds("HYBRIDPAR_SILENT_SECONDS", SILENT_SECONDS), _seconds("HYBRIDPAR_LINK_SECONDS", LINK_SECONDS))
     stop_earlier_horovod(comm)
     torch.manual_seed(seed)
     carrier = os.environ.get("HYBRIDPAR_CARRIER") or carrier or "mpi"
     opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1")
-    ending.watch(comm, opened.data.ranks)
+    ending.watch(comm, opened.data.ranks, *patience)
     return opened
 
 
@@ -92,6 +96,13 @@ def _told(name: str, given: int | None) -> int | None:
     if told and not told.isdigit():
         raise ValueError(f"{name}={told!r} is not a whole number")
     return int(told) if told else given
+
+
+def _seconds(name: str, usual: float) -> float:
+    told = os.environ.get(name, "")
+    if told and not told.replace(".", "", 1).isdigit():
+        raise ValueError(f"{name}={told!r} is not a number of seconds")
+    return float(told) if told else usual
 
 
 def _script() -> dict[str, str]:

@@ -25,23 +25,32 @@ FLOORS = (
         "facts",
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
-        + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience", "tensor/halo"),
+        + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
+        + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers"),
         (),
     ),
     ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
     (
         "parts",
-        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*"),
+        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*")
+        + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
+        + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/optimizers", "checkpoint/saving"),
         ("torch", "safetensors"),
     ),
     (
         "whole",
         ("assemble", "engine", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
+        + ("checkpoint/parts", "checkpoint/inventory", "checkpoint/commit", "checkpoint/save", "checkpoint/load")
+        + ("checkpoint/runs", "checkpoint/look", "checkpoint/export")
         + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank"),
         ("torch",),
     ),
-    ("shell", ("cli", "launch/*", "__main__", "proof/job", "proof/table"), ("click", "rich", "psutil")),
+    (
+        "shell",
+        ("cli", "launch/*", "__main__", "proof/job", "proof/table", "checkpoint/commands"),
+        ("click", "rich", "psutil"),
+    ),
 )
 READ_THE_ENVIRONMENT = ("start", "cli", "doctor", "wires/boot", "wires/ending", "install/*")
 PICKLING = ("bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce", "scan", "exscan")

@@ -26,7 +26,8 @@ _INSIDE = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 class Job:
     """What is started: the mesh of its ranks, the command line, the environment, what of that was added here.
 
-    `reach` is the remote shell with its options where hosts have to be reached through one, else ().
+    `reach` is the remote shell with its options where hosts have to be reached through one, else (); `program` is the
+    launcher's path. `shares_cores` if the threads of a rank were not asked for, but follow from the cores.
     """
 
     mesh: Mesh
@@ -35,7 +36,9 @@ class Job:
     added: Mapping[str, str]
     placement: Placement | None = None
     reach: tuple[str, ...] = ()
-    script: tuple[str, ...] = ()
+    script: str = ""
+    program: str = ""
+    shares_cores: bool = True
 
     def __str__(self) -> str:
         sets = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.added.items())]
@@ -86,7 +89,7 @@ def plan(
     if not command or not Path(command[0]).is_file():
         raise ValueError(f"there is no script {command[0] if command else ''!r} in {Path.cwd()}: give the path of one")
     placement = place(mesh, hosts) if hosts is not None else None
-    if placement is not None and _is_here([host.name for host in placement.hosts]):
+    if placement is not None and is_here([host.name for host in placement.hosts]):
         placement = None
     told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier}
     ready = mpi.settings(environment, scripts, prefix)
@@ -104,7 +107,9 @@ def plan(
     reach = _reach(placement, wishes, given, ready)
     line = _line(ranks, placement, wishes, given, ready, scripts, threads)
     added = {name: value for name, value in ready.items() if environment.get(name) != value}
-    return Job(mesh, (*line, sys.executable, *command), ready, added, placement, reach, tuple(command))
+    shares = "OMP_NUM_THREADS" not in environment and wishes.threads is None
+    whole = (*line, sys.executable, *command)
+    return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares)
 
 
 def _hosts(wishes: Wishes, given: Allocation | None) -> tuple[Host, ...] | None:
@@ -115,7 +120,7 @@ def _hosts(wishes: Wishes, given: Allocation | None) -> tuple[Host, ...] | None:
     return given.hosts if given is not None else None
 
 
-def _is_here(names: Sequence[str]) -> bool:
+def is_here(names: Sequence[str]) -> bool:
     """Whether all `names` mean this host."""
     own = socket.gethostname()
     return set(names) <= {"localhost", "127.0.0.1", "[::1]", own, own.partition(".")[0]}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _STEP = "SLURM_STEP_ID"
 _CYCLE = "HOROVOD_CYCLE_TIME"
+_GLOO = "GLOO_SOCKET_IFNAME"
 
 
 def start_mpi() -> MPI.Intracomm:
@@ -76,6 +77,22 @@ def idle_horovod() -> Iterator[None]:
         yield
     finally:
         del os.environ[_CYCLE]  # a later world of this process may have replicas
+
+
+@contextmanager
+def gloo_interface(name: str | None) -> Iterator[None]:
+    """Let what gloo opens meanwhile use this network interface, unless the user has named one.
+
+    It would take the one that the host's own name leads to, which on many hosts is no way in from others.
+    """
+    if name is None or _GLOO in os.environ:
+        yield
+        return
+    os.environ[_GLOO] = name
+    try:
+        yield
+    finally:
+        del os.environ[_GLOO]
 
 
 @contextmanager

@@ -7,20 +7,34 @@ messages come in the order of sending. Small Python values and sizes go over MPI
 
 from __future__ import annotations
 
-import socket
+import ipaddress
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridpar.launch.interfaces import interfaces, this_host
 from hybridpar.mesh import Mesh
 from hybridpar.shard import balanced
+from hybridpar.wires.address import connected
 from hybridpar.wires.axis import Axis, Handle
+from hybridpar.wires.boot import gloo_interface
 
 _OPS = {"sum": dist.ReduceOp.SUM, "average": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _WIDER = {torch.int16: torch.int32, torch.bool: torch.int32}  # neither carrier adds these
+_CONNECT_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where rank 0's store is found."""
+
+    host: str
+    addresses: tuple[str, ...]
+    port: int
 
 
 class TorchHandle:
@@ -131,10 +145,28 @@ def torch_axes(
         raise ValueError(f"carrier {backend!r} is unknown: use mpi, nccl or gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ValueError("carrier nccl needs GPUs, and torch sees none on this host: use mpi")
-    host = everyone.objects(socket.gethostname())[0]
-    store = dist.TCPStore(host, 0, everyone.size, True, wait_for_workers=False) if everyone.index == 0 else None
-    port = everyone.objects(store.port if store is not None else None)[0]
-    store = store or dist.TCPStore(host, port, everyone.size, False)
+    store, interface = _meet(everyone)
+    with gloo_interface(interface):
+        return _made(backend, mesh, everyone, axes, store), dist.destroy_process_group
+
+
+def _meet(everyone: Axis) -> tuple[dist.TCPStore, str | None]:
+    """The store of rank 0, and the interface that leads to it from here; None where all ranks are on one host."""
+    store = dist.TCPStore("127.0.0.1", 0, everyone.size, True, wait_for_workers=False) if everyone.index == 0 else None
+    mine = (this_host(), tuple(interfaces()), store.port if store is not None else 0)
+    told = [Listener(*one) for one in everyone.objects(mine)]
+    with connected(told[0], b"", _CONNECT_SECONDS) as tried:
+        way, (address, port) = tried.getsockname()[0], tried.getpeername()[:2]
+    ways = everyone.objects(address)
+    store = store or dist.TCPStore(address, port, everyone.size, False)
+    away = [other for other in ways if other != "127.0.0.1"]  # addresses of rank 0's host, as other hosts know it
+    names = {str(ipaddress.ip_interface(known).ip): name for known, name in interfaces().items()}
+    return store, names.get(way) or names[away[0]] if away else None
+
+
+def _made(
+    backend: str, mesh: Mesh, everyone: Axis, axes: Mapping[str, Axis], store: dist.TCPStore
+) -> dict[str, Axis]:
     dist.init_process_group(backend, store=store, rank=everyone.index, world_size=everyone.size)
     made: dict[str, Axis] = {}
     for name, control in axes.items():
@@ -146,4 +178,4 @@ def torch_axes(
             if control.ranks == group:
                 made[name] = TorchAxis(control, all_, up, down)
         made.setdefault(name, control)
-    return made, dist.destroy_process_group
+    return made

@@ -7,8 +7,11 @@ MPI_Finalize while they wait for its messages. So the first to fail prints and c
     sys.exit(n), n not 0            MPI_Abort(n)
     the end of the script           the rank waits until all have come there (farewell.py)
 
+    a cut link, a stopped rank      code 75, on both sides of a cut (watchdog.py)
+
 Often many ranks fail at once, with the same error. Only one should speak: rank 0 does at once, the others a little
-later, and not at all if they have been ended by then; on one host a lock file decides between equals.
+later, and not at all if they have been ended by then. Between equals a lock file decides on one host, and rank 0
+between hosts.
 
 A job of one process ends as Python ends, except that hybridpar's own errors are one sentence and not a traceback.
 """
@@ -26,6 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +39,18 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from hybridpar.wires.farewell import Farewell
+    from hybridpar.wires.watchdog import Watchdog
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes: something broke; the user asked for what cannot be; Ctrl-C
 
 # How launchers tell a process its rank, for errors before MPI is up.
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+# The rank among those of its host, or the host's number.
+_LOCAL_RANK, _HOST = "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_NODEID"
 # And what names the job on this host: two jobs must not silence each other.
 _JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _STALE_SECONDS = 60.0  # a lock so much older than this process is of an earlier job with the same name
+_ELSEWHERE_SECONDS = 2.0
 _ABORT_SECONDS = 15  # MPI_Abort takes a moment; the process is killed if it does not return at all
 
 
@@ -56,6 +64,9 @@ class Ending:
         self._process = os.getpid()  # a forked child has our hooks, and must not end the job
         self._world: MPI.Intracomm | None = None
         self._farewell: Farewell | None = None
+        self._watchdog: Watchdog | None = None
+        local, host = os.environ.get(_LOCAL_RANK, str(self._rank)), os.environ.get(_HOST, "0")
+        self._beside_first = self._rank == int(local) and host == "0"  # on the host of rank 0
         self._code, self._words = 0, ""  # of sys.exit
         self._excepthook, self._thread_hook = sys.excepthook, threading.excepthook
         job = "-".join(os.environ[name] for name in _JOBS if name in os.environ) or str(os.getppid())
@@ -83,12 +94,20 @@ class Ending:
         if not faulthandler.is_enabled() and sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__, all_threads=False)  # a crash tells where in Python it was
 
-    def watch(self, comm: MPI.Intracomm, data_ranks: tuple[int, ...]) -> None:
-        """Horovod is up: a rank of `comm` that ends its script waits for the others. All of them call it together."""
+    def watch(
+        self, comm: MPI.Intracomm, data_ranks: tuple[int, ...], silent_seconds: float, link_seconds: float
+    ) -> None:
+        """Horovod is up: a rank of `comm` that ends its script waits for the others. All of them call it together.
+
+        One that gives no sign of life for `silent_seconds` (0: for ever) ends the job, and so does a host that the
+        network cannot reach for `link_seconds`.
+        """
         from hybridpar.wires.farewell import Farewell
+        from hybridpar.wires.watchdog import Watchdog
 
         if self._farewell is None and comm.size > 1:
             self._farewell = Farewell(comm, data_ranks, self._refuse)
+            self._watchdog = Watchdog(comm, self._lost, silent_seconds, link_seconds)
         # Horovod stops itself at exit, under the feet of the other ranks: exit functions run last in, first out.
         atexit.unregister(self._leave)
         atexit.register(self._leave)
@@ -142,11 +161,18 @@ class Ending:
         if self._farewell is not None and not self._mpi_is_over():
             try:
                 self._farewell.leave()
+                if self._watchdog is not None:
+                    self._watchdog.close()
             except KeyboardInterrupt:
                 self._end(["interrupted, waiting for the others to end\n"], INTERRUPTED)
 
     def _refuse(self, sentence: str, where: str, code: int) -> None:
         self._end([f"hybridpar: {sentence}\n", f"    at {where}\n"], code)
+
+    def _lost(self, sentence: str) -> None:
+        if sentence and self._may_speak():
+            with suppress(OSError):  # who would show it may be lost too
+                self._say([f"hybridpar: {sentence}\n"])
 
     def _end(self, lines: Sequence[str], code: int) -> None:
         """Say `lines`, unless another rank has spoken, and end the job."""
@@ -161,6 +187,8 @@ class Ending:
             return True
         if self._rank:
             time.sleep(0.3 + 0.1 * self._rank.bit_length())
+        if self._watchdog is None and not self._beside_first:
+            time.sleep(_ELSEWHERE_SECONDS)  # nobody to ask yet: let those beside rank 0 speak first
         try:
             if os.path.exists(self._lock) and os.path.getmtime(self._lock) < self._began - _STALE_SECONDS:
                 os.remove(self._lock)
@@ -168,7 +196,9 @@ class Ending:
         except FileExistsError:
             return False
         except OSError:
-            return True  # no room for a lock file: better told twice than not at all
+            pass  # no room for a lock file: better told twice than not at all
+        if self._watchdog is not None and self._watchdog.several_hosts:
+            return self._watchdog.may_speak()
         return True
 
     def _say(self, lines: Sequence[str]) -> None:

@@ -1,0 +1,240 @@
+"""Ends this rank when a host or a rank falls silent, which MPI would wait for, for ever.
+
+The ranks stand in a ring, each with a TCP connection to the next:
+
+    host a                      host b
+    rank 0 ------> rank 1 ----> rank 2 ------> rank 3 ----.
+       ^--------------------------------------------------'
+
+    a cut link, a lost host     the kernel finds it: keepalive and TCP_USER_TIMEOUT need no Python
+    a stopped rank              sends no beat; many seconds are allowed, since a busy interpreter sends none either
+    a dead rank                 its connection ends without a goodbye; the launcher has some seconds to end us first
+    no more mpirun or orted     the process that started us has ended, so nobody could end us later
+
+Who finds one of these tells its neighbours, who pass it on and end too: a cut divides the ring into arcs, and both ends
+of each arc see the cut. So both sides of a cut end within seconds, whatever the launcher does.
+
+Between failures each rank sends a byte every few seconds. Rank 0 also decides which rank may print an error that many
+have at once on several hosts.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybridpar.launch.interfaces import interfaces, this_host
+from hybridpar.wires.address import connected
+from hybridpar.wires.mpi import MpiAxis
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+SILENT_SECONDS = 300.0  # without a beat
+LINK_SECONDS = 11.0  # without an answer of the other kernel
+_LAUNCHER_SECONDS = 10.0  # that the launcher has to end us when a rank has died
+_ANSWER_SECONDS = 2.0  # of rank 0 to a question
+_RING, _SPEAK = b"r", b"s"  # what a connection is for
+_BEAT, _BYE, _LOST, _YES, _NO = b".", b"b", b"l", b"y", b"n"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a rank listens."""
+
+    rank: int
+    host: str  # what tells hosts apart
+    name: str
+    addresses: tuple[str, ...]
+    port: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.name}"
+
+
+@dataclass
+class _Link:
+    """A connection of the ring, and when something last came over it."""
+
+    peer: Peer
+    socket: socket.socket
+    heard: float
+    ended: float | None = None  # without a goodbye
+
+
+class Watchdog:
+    """Watches from its making until `close`; all ranks of `comm` make it together.
+
+    `lost(sentence)` is called by the watching thread, for the rank that may tell what has happened, and must return;
+    "" means that another one tells it. Afterwards the process ends with code LOST.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        lost: Callable[[str], None],
+        silent_seconds: float = SILENT_SECONDS,
+        link_seconds: float = LINK_SECONDS,
+    ) -> None:
+        self._lost, self._silent, self._cut = lost, silent_seconds, link_seconds
+        self._beat = min(10.0, silent_seconds / 4) if silent_seconds else 10.0
+        self._ear = _listener()
+        mine = (this_host(), socket.gethostname(), tuple(interfaces()), self._ear.getsockname()[1])
+        told = MpiAxis(comm, "everyone").objects((*mine, secrets.token_bytes(16)))
+        self._peers = [Peer(rank, *one[:4]) for rank, one in enumerate(told)]
+        self._token, self._rank = told[0][4], comm.rank
+        self.several_hosts = len({peer.host for peer in self._peers}) > 1
+        self._parent = _opened(os.getppid())
+        self._next: _Link | None = None
+        self._before: _Link | None = None
+        self._spoken, self._over = threading.Lock(), False
+        self._bell = socket.socketpair()
+        os.register_at_fork(after_in_child=self._forget)
+        self._watching = threading.Thread(target=self._watch, name="hybridpar-watchdog", daemon=True)
+        self._watching.start()
+
+    def close(self) -> None:
+        """All ranks have ended their script: stop watching."""
+        self._over = True
+        self._bell[0].send(b"\0")
+        self._watching.join(_ANSWER_SECONDS)
+        self._tell(_BYE)
+
+    def may_speak(self) -> bool:
+        """Whether this rank is the first of the job to ask. A rank 0 that does not answer has ended, or is cut off."""
+        if self._rank == 0:
+            return self._spoken.acquire(blocking=False)
+        with suppress(OSError), connected(self._peers[0], self._token + _SPEAK, _ANSWER_SECONDS) as asked:
+            return asked.recv(1) != _NO
+        time.sleep(_ANSWER_SECONDS)  # it has probably told why, and the launcher is about to end us
+        return True
+
+    def _watch(self) -> None:
+        after = self._peers[(self._rank + 1) % len(self._peers)]
+        with suppress(OSError):  # a firewall between hosts lets MPI through and not us: then there is no link
+            link = connected(after, self._token + _RING + self._rank.to_bytes(4, "big"), self._cut)
+            self._next = _Link(after, self._kept_alive(link), time.monotonic())
+        slept = time.monotonic()
+        while not self._over:
+            poll = select.poll()
+            links = [link for link in (self._next, self._before) if link is not None and link.ended is None]
+            for one in (self._ear, self._bell[1], *(link.socket for link in links)):
+                poll.register(one, select.POLLIN)
+            if self._parent is not None:
+                poll.register(self._parent, select.POLLIN)
+            ready = {number for number, _ in poll.poll(self._beat * 1000)}
+            if self._parent in ready:
+                os._exit(LOST)  # who would show what we print is gone
+            if self._ear.fileno() in ready:
+                self._answer()
+            for link in links:
+                if link.socket.fileno() in ready:
+                    self._hear(link)
+            slept = self._judge(slept)
+
+    def _judge(self, slept: float) -> float:
+        """Send the beat, and end where one has been missing too long. Returns the time."""
+        now = time.monotonic()
+        if now - slept > 2 * self._beat + 1:  # we were stopped or starved ourselves: all clocks begin anew
+            for link in (self._next, self._before):
+                if link is not None:
+                    link.heard = now
+        if self._next is not None and self._next.ended is None:
+            with suppress(OSError):  # told by the next look at it
+                self._next.socket.send(_BEAT)
+        for link in (self._next, self._before):
+            if link is not None and link.ended is not None and now - link.ended > _LAUNCHER_SECONDS:
+                self._end(f"{link.peer} has died, and the launcher has not ended the others")
+        before = self._before
+        if self._silent and before is not None and before.ended is None and now - before.heard > self._silent:
+            self._end(
+                f"{before.peer} has given no sign of life for {now - before.heard:.0f} s: it is stopped, or something "
+                "in it holds Python's lock (HYBRIDPAR_SILENT_SECONDS allows more, 0 any time)"
+            )
+        return now
+
+    def _hear(self, link: _Link) -> None:
+        try:
+            came = link.socket.recv(4096)
+        except (TimeoutError, OSError) as error:
+            if isinstance(error, ConnectionResetError):
+                link.ended = time.monotonic()
+                return
+            self._end(
+                f"{link.peer} cannot be reached any more ({error.strerror}): its host or the network between is down"
+            )
+        link.heard = time.monotonic()
+        if _LOST in came:
+            self._end("")
+        if _BYE in came:
+            self._over = True
+        elif not came:
+            link.ended = time.monotonic()
+
+    def _answer(self) -> None:
+        """Somebody has connected: the rank before us in the ring, or one that asks whether it may speak."""
+        with suppress(OSError):
+            asker = self._ear.accept()[0]
+            asker.settimeout(_ANSWER_SECONDS)
+            said = b""
+            while len(said) < len(self._token) + 1 and (more := asker.recv(len(self._token) + 1 - len(said))):
+                said += more
+            if said == self._token + _SPEAK:
+                asker.sendall(_YES if self._spoken.acquire(blocking=False) else _NO)
+            if said != self._token + _RING:
+                asker.close()
+                return
+            rank = int.from_bytes(asker.recv(4, socket.MSG_WAITALL), "big")
+            self._before = _Link(self._peers[rank], self._kept_alive(asker), time.monotonic())
+
+    def _end(self, sentence: str) -> None:
+        self._lost(sentence)
+        self._tell(_LOST)
+        os._exit(LOST)
+
+    def _tell(self, what: bytes) -> None:
+        for link in (self._next, self._before):
+            if link is not None:
+                with suppress(OSError):
+                    link.socket.settimeout(0.2)
+                    link.socket.sendall(what)
+
+    def _kept_alive(self, link: socket.socket) -> socket.socket:
+        """Let the kernel find out whether the other side is there."""
+        link.settimeout(_ANSWER_SECONDS)
+        idle, between, probes = max(1, int(self._cut) - 6), 2, 3
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._cut * 1000))  # for beats not answered
+        return link
+
+    def _forget(self) -> None:
+        """In a forked child: it is no rank, and must not keep the rank's connections open when that dies."""
+        for one in (self._ear, *(link.socket for link in (self._next, self._before) if link is not None)):
+            with suppress(OSError):
+                os.close(one.detach())
+
+
+def _listener() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _opened(parent: int) -> int | None:
+    """A file that becomes readable when the process `parent` ends; None where the kernel is too old or it is init."""
+    with suppress(OSError, AttributeError):
+        return os.pidfd_open(parent) if parent > 1 else None
+    return None
