@@ -19,6 +19,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Checkpoints": "hybridpar.checkpoint.runs",
     "Compression": "hybridpar.optim.compression",
     "CrossEntropy": "hybridpar.tensor.loss",
     "DataLoader": "hybridpar.data",
@@ -30,7 +31,9 @@ _HOMES = {
     "World": "hybridpar.wires.world",
     "clip_grad_norm_": "hybridpar.optim.clip",
     "init": "hybridpar.start",
+    "load": "hybridpar.checkpoint.load",
     "parallelize": "hybridpar.assemble",
+    "save": "hybridpar.checkpoint.save",
     "verify": "hybridpar.proof.verify",
 }
 

@@ -89,6 +89,13 @@ class DataLoader:
 
         Raises ValueError if the data set or the batches are not those of the position.
         """
+        self.check_state(state)
+        which = self._batches
+        self._batches = Batches(which.samples, which.size, which.shuffle, state["seed"], which.drop_last)
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if the data set or the batches are not those of the saved position `state`."""
         here = self.state_dict()
         for name in ("samples", "batch_size", "shuffle", "drop_last"):
             if state[name] != here[name]:
@@ -96,9 +103,6 @@ class DataLoader:
                     f"the saved position is one in {_words(state)} and this loader has {_words(here)}: "
                     f"{name} must be the same to continue; start a new loader to begin anew"
                 )
-        which = self._batches
-        self._batches = Batches(which.samples, which.size, which.shuffle, state["seed"], which.drop_last)
-        self.epoch, self.batch = state["epoch"], state["batch"]
 
     def indices(self) -> Iterator[list[int]]:
         """The samples of this replica's part of each batch from the position to the end of the epoch."""

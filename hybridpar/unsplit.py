@@ -13,6 +13,7 @@ from hybridpar.shard import Spec
 from hybridpar.tensor.plan import Applied
 
 if TYPE_CHECKING:
+    from hybridpar.checkpoint.saving import Saving
     from hybridpar.wires.world import World
 
 
@@ -31,6 +32,7 @@ class Unsplit:
     ) -> None:
         self._world, self._applied = world, applied
         self._homes, self._buffer_homes, self._owned, self._kept = homes, buffer_homes, owned, kept
+        self.saving: Saving | None = None  # the asynchronous save that is under way, or the last one
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, whole, on the CPU; buffers are those of the first replica."""
@@ -50,15 +52,38 @@ class Unsplit:
         grads = {name: p.grad for name, p in self._owned().items() if p.grad is not None}
         return wholes(grads, self._homes, self._applied.specs, self._world)
 
+    def mine(self) -> dict[str, tuple[Tensor, Spec]]:
+        """This rank's parameters and buffers with their specs, by name."""
+        specs, cut = self._applied.specs, self._applied.buffers
+        mine = {name: (p, specs[name]) for name, p in self._owned().items()}
+        return mine | {name: (x, cut.get(name, Spec(name, tuple(x.shape)))) for name, x in self._kept().items()}
+
+    @property
+    def homes(self) -> dict[str, int]:
+        """The pipeline index of each parameter and buffer that a checkpoint has."""
+        return {**self._homes, **self._buffer_homes}
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Which of `homes` are buffers."""
+        return frozenset(self._buffer_homes)
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """{other name of a tied parameter: the one it is stored under}"""
+        return self._applied.tied
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """The spec of every parameter of the whole module, those of other stages among them."""
+        return self._applied.specs
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's shards and buffers from whole ones.
 
         Raises ValueError where one is missing or of another shape.
         """
-        specs, cut = self._applied.specs, self._applied.buffers
-        mine = {name: (p, specs[name]) for name, p in self._owned().items()}
-        mine |= {name: (x, cut.get(name, Spec(name, tuple(x.shape)))) for name, x in self._kept().items()}
-        for name, (x, spec) in mine.items():
+        for name, (x, spec) in self.mine().items():
             if name not in state:
                 raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
             with torch.no_grad():

@@ -61,6 +61,13 @@ class Files:
     def __init__(self, path: Path) -> None:
         self._files = _files(path)
 
+    @classmethod
+    def listed(cls, files: Mapping[str, Path]) -> Files:
+        """Those that `files` names: {stored name: file}."""
+        source = cls.__new__(cls)
+        source._files = dict(files)
+        return source
+
     def names(self) -> list[str]:
         return list(self._files)
 
@@ -85,7 +92,7 @@ def _read(stored: object, spec: Spec, index: int) -> Tensor:
     if spec.dim is None:
         return stored[:] if shape else stored[()]
     before = (slice(None),) * spec.dim
-    pieces = [stored[(*before, slice(a, b))] for a, b in spec.held(index)]
+    pieces = [stored[(*before, slice(a, b))] for a, b in spec.held(index) or ((0, 0),)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, spec.dim)
 
 
