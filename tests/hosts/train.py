@@ -29,7 +29,7 @@ def main(folder: Path, steps: int = STEPS, schedule: str = "1f1b") -> None:
     told = {
         "host": socket.gethostname(),
         "place": [mesh.place.data, mesh.place.pipeline, mesh.place.tensor],
-        "local rank": int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        "local rank": int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or os.environ["SLURM_LOCALID"]),
         "horovod": [hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()],
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
