@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from hybridpar.checkpoint.commands import checkpoint
+
 from hybridpar.launch.wishes import BINDINGS, LAUNCHERS, Wishes, setting
 
 EXAMPLES = "\b\nExamples:"  # \b: click leaves the lines that follow as they are
@@ -219,6 +221,8 @@ def install(arguments: tuple[str, ...]) -> None:
 
     sys.exit(builder(arguments, os.environ, sys.stdout))
 
+
+main.add_command(checkpoint)
 
 if __name__ == "__main__":
     main()
