@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 from hybridpar.checkpoint.commands import checkpoint
-
 from hybridpar.launch.wishes import BINDINGS, LAUNCHERS, Wishes, setting
 
 EXAMPLES = "\b\nExamples:"  # \b: click leaves the lines that follow as they are
