@@ -8,6 +8,7 @@ Tolerances are those of tests/test_equality.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -31,7 +32,7 @@ HYBRIDPAR = [sys.executable, "-m", "hybridpar", "run"]
 TRAIN = str(CHECKOUT / "tests" / "hosts" / "train.py")
 CLOSE = 1e-10
 PREFIX = Path(sys.prefix)
-PROGRAM_MPI = (PREFIX / "lib" / "libmpi.so").exists()  # MPI from PyPI: it has to be told where it is
+PYPI_MPI = (PREFIX / "lib" / "libmpi.so").exists()  # MPI from PyPI: it has to be told where it is
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +127,9 @@ def test_tensor_peers_share_a_host_and_training_equals_one_process(hosts: Cluste
 
 def test_plain_horovodrun_trains_on_two_hosts(hosts: Cluster, folder: Path) -> None:
     """As docs/clusters.md says it; replicas share a host, and each pipeline crosses the link."""
-    prefix = ["--mpi-args", f"--prefix {PREFIX}"] if PROGRAM_MPI else []
+    prefix = ["--mpi-args", f"--prefix {PREFIX}"] if PYPI_MPI else []
     line = ["horovodrun", "-np", "4", "-H", "hpa:2,hpb:2", "--mpi", *prefix, "python", TRAIN, str(folder)]
-    env = {"OPAL_PREFIX": str(PREFIX)} if PROGRAM_MPI else {}
+    env = {"OPAL_PREFIX": str(PREFIX)} if PYPI_MPI else {}
     seen = hosts.run("hpa", line, folder, {**env, "HYBRIDPAR_PIPELINE": "4"})
     equal(seen, folder, hosts)
     assert on(places(folder)) == "aabb"
@@ -152,6 +153,35 @@ def test_four_hosts_from_a_hostfile_take_a_pipeline_each_its_own_number_of_ranks
 def test_gloo_finds_the_other_hosts(hosts: Cluster, folder: Path) -> None:
     line = [*HYBRIDPAR, "-H", "hpa:2,hpb:2", "--pipeline", "4", "--carrier", "gloo", TRAIN, str(folder)]
     equal(hosts.run("hpa", line, folder), folder, hosts)
+
+
+def test_the_commands_of_the_page_lead_to_a_run_on_two_hosts(tmp_path: Path) -> None:
+    """Those that need no other network: copying the project to the other host, and each way to start the script."""
+    if missing():
+        pytest.skip(missing())
+    page = (CHECKOUT / "docs" / "clusters.md").read_text()
+    words = ("tar", ".", "hybridpar", *(("export", "mpirun", "horovodrun") if PYPI_MPI else ()))
+    lines = re.findall(rf"^    ((?:{'|'.join(map(re.escape, words))}) .*)$", page, re.MULTILINE)
+    here = with_venv(tmp_path / "project")
+    (here / "train.py").write_text(re.search(r"`train.py`:\n\n```python\n(.*?)```", page, re.DOTALL)[1])
+    commands = ["set -e", f"cp -r {here} /tmp/project", "cd /tmp/project", *lines]
+    with cluster(tmp_path, ["node1", "node2"]) as hosts:  # each has a /tmp of its own
+        seen = hosts.run("node1", ["sh", "-c", "\n".join(commands)])
+        assert seen.code == 0, seen
+        told = re.findall(r"(data=\d) x pipeline=1 x (tensor=\d): loss [\d.]+$", seen.out, re.MULTILINE)
+        assert told == [("data=2", "tensor=2")] + [("data=4", "tensor=1")] * 2 * PYPI_MPI, seen.out
+        assert hosts.left() == []
+
+
+def with_venv(folder: Path) -> Path:
+    """`folder` with a .venv that leads to ours, and in it a `hybridpar` even where that is not installed."""
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    paths = f'export VIRTUAL_ENV={PREFIX} PATH="{programs}:{Path(sys.executable).parent}:$PATH"\n'
+    (programs / "activate").write_text(paths)
+    (programs / "hybridpar").write_text(f'#!/bin/sh\nexec {sys.executable} -m hybridpar "$@"\n')
+    (programs / "hybridpar").chmod(0o755)
+    return folder
 
 
 def test_a_narrow_link_trains_the_same(hosts: Cluster, folder: Path) -> None:

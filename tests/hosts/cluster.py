@@ -32,7 +32,7 @@ _NEEDED = ("unshare", "nsenter", "ip", "tc", "mount", "ssh", "ssh-keygen", "sshd
 _START_SECONDS = 30.0
 _VANISH_SECONDS = 15.0
 _NAMESPACES = ("net", "uts", "mnt", "pid")
-_DAEMONS = "sshd: /usr/sbin/sshd"  # how the listening one calls itself
+_DAEMONS = "sshd: "  # how they call themselves
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Cluster:
             _called([*_entered(first, "net"), "tc", "qdisc", *words])
 
     def processes(self, host: str) -> list[psutil.Process]:
-        """Those that live on `host`, but for its first one and the ssh daemon that listens."""
+        """Those that live on `host`, but for its first one and its ssh daemon's."""
         space = os.readlink(f"/proc/{self._first[host]}/ns/pid")
         found = []
         for pid in psutil.pids():
@@ -259,6 +259,7 @@ def _write_settings(folder: Path, addresses: Mapping[str, str]) -> None:
             f"Port 22\nPort 2222\nHostKey {folder}/host_key\n"
             f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
             "PermitRootLogin prohibit-password\nPidFile none\nLogLevel ERROR\n"
+            f"SetEnv PYTHONPATH={CHECKOUT}\n"  # as if hybridpar were installed
         )
 
 
