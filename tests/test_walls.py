@@ -26,6 +26,7 @@ FLOORS = (
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
+        + ("launch/hosts", "launch/placement", "launch/wishes", "launch/lines", "launch/interfaces", "launch/pages")
         + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers"),
         (),
     ),

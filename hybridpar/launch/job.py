@@ -108,7 +108,8 @@ def plan(
     line = _line(ranks, placement, wishes, given, ready, scripts, threads)
     added = {name: value for name, value in ready.items() if environment.get(name) != value}
     shares = "OMP_NUM_THREADS" not in environment and wishes.threads is None
-    whole = (*line, sys.executable, *command)
+    tag = "tag" if wishes.tag_output else "plain"
+    whole = (*line, sys.executable, "-m", "hybridpar.launch.rank", tag, wishes.output_dir or "", *command)
     return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares)
 
 

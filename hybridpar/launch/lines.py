@@ -16,7 +16,8 @@ from hybridpar.launch.placement import Placement
 from hybridpar.launch.wishes import Wishes
 
 CONNECT_SECONDS = 8
-# Seconds until an idle link is asked, between questions, and questions until it counts as cut: 5 + 3 * 2 in all.
+# Seconds until an idle link is asked, between questions, and questions until it counts as cut: 5 + 3 * 2 in all. The
+# ranks, who can say which host it is, notice a little earlier (wires/watchdog.py).
 KEEPALIVE = {"time": 5, "intvl": 2, "probes": 3}
 
 # What belongs to one host, one terminal or one login, and what launchers set and pass on themselves.

@@ -101,11 +101,7 @@ def _understood(asked: subprocess.CompletedProcess[str], reach: Sequence[str], n
         )
     told = json.loads(asked.stdout.splitlines()[-1])
     if not told["folder"]:
-        raise Unreachable(
-            f"host {name} has no folder {folder}: start in one that all hosts have, or copy it there"
-        )
+        raise Unreachable(f"host {name} has no folder {folder}: start in one that all hosts have, or copy it there")
     if told["lacking"]:
-        raise Unreachable(
-            f"host {name} has no {told['lacking'][0]}: every host needs the same files at the same paths"
-        )
+        raise Unreachable(f"host {name} has no {told['lacking'][0]}: every host needs the same files at the same paths")
     return Told(told["cores"], tuple(told["addresses"]))

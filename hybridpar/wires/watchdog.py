@@ -11,8 +11,9 @@ The ranks stand in a ring, each with a TCP connection to the next:
     a dead rank                 its connection ends without a goodbye; the launcher has some seconds to end us first
     no more mpirun or orted     the process that started us has ended, so nobody could end us later
 
-Who finds one of these tells its neighbours, who pass it on and end too: a cut divides the ring into arcs, and both ends
-of each arc see the cut. So both sides of a cut end within seconds, whatever the launcher does.
+Who finds a cut tells its neighbours, who pass it on: a cut divides the ring into arcs, and both ends of each arc see
+it. The launcher is then given some seconds to end both sides in order, as `hybridpar run` makes it do. One that does
+not notice would hang even when all ranks have gone, so the ranks end their host's part of it, and themselves.
 
 Between failures each rank sends a byte every few seconds. Rank 0 also decides which rank may print an error that many
 have at once on several hosts.
@@ -23,12 +24,14 @@ from __future__ import annotations
 import os
 import secrets
 import select
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridpar.launch.interfaces import interfaces, this_host
@@ -40,8 +43,10 @@ if TYPE_CHECKING:
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 SILENT_SECONDS = 300.0  # without a beat
-LINK_SECONDS = 11.0  # without an answer of the other kernel
-_LAUNCHER_SECONDS = 10.0  # that the launcher has to end us when a rank has died
+LINK_SECONDS = 9.0  # without an answer of the other kernel
+_LAUNCHER_SECONDS = 10.0  # that the launcher has to end us when a rank has died or a host is lost
+_DAEMONS = ("mpirun", "mpiexec", "orterun", "orted", "prterun", "prte", "prted")
+_TERM_SECONDS = 3.0  # and then to end after SIGTERM
 _ANSWER_SECONDS = 2.0  # of rank 0 to a question
 _RING, _SPEAK = b"r", b"s"  # what a connection is for
 _BEAT, _BYE, _LOST, _YES, _NO = b".", b"b", b"l", b"y", b"n"
@@ -74,8 +79,8 @@ class _Link:
 class Watchdog:
     """Watches from its making until `close`; all ranks of `comm` make it together.
 
-    `lost(sentence)` is called by the watching thread, for the rank that may tell what has happened, and must return;
-    "" means that another one tells it. Afterwards the process ends with code LOST.
+    `lost(sentence)` is called by the watching thread, to tell what has happened, and returns; "" means that another
+    rank tells it. Afterwards the process ends with code LOST.
     """
 
     def __init__(
@@ -86,7 +91,8 @@ class Watchdog:
         link_seconds: float = LINK_SECONDS,
     ) -> None:
         self._lost, self._silent, self._cut = lost, silent_seconds, link_seconds
-        self._beat = min(10.0, silent_seconds / 4) if silent_seconds else 10.0
+        # A beat that goes into a cut link puts off the kernel's question, so that its own answer must be soon.
+        self._beat = min(link_seconds, silent_seconds or link_seconds) / 4.5
         self._ear = _listener()
         mine = (this_host(), socket.gethostname(), tuple(interfaces()), self._ear.getsockname()[1])
         told = MpiAxis(comm, "everyone").objects((*mine, secrets.token_bytes(16)))
@@ -153,13 +159,14 @@ class Watchdog:
                 self._next.socket.send(_BEAT)
         for link in (self._next, self._before):
             if link is not None and link.ended is not None and now - link.ended > _LAUNCHER_SECONDS:
-                self._end(f"{link.peer} has died, and the launcher has not ended the others")
+                self._abandon(f"{link.peer} has died, and the launcher has not ended the others", 0)
         before = self._before
         if self._silent and before is not None and before.ended is None and now - before.heard > self._silent:
-            self._end(
+            self._lost(
                 f"{before.peer} has given no sign of life for {now - before.heard:.0f} s: it is stopped, or something "
                 "in it holds Python's lock (HYBRIDPAR_SILENT_SECONDS allows more, 0 any time)"
             )
+            os._exit(LOST)  # and the launcher ends the others, the stopped one too
         return now
 
     def _hear(self, link: _Link) -> None:
@@ -169,12 +176,12 @@ class Watchdog:
             if isinstance(error, ConnectionResetError):
                 link.ended = time.monotonic()
                 return
-            self._end(
+            self._abandon(
                 f"{link.peer} cannot be reached any more ({error.strerror}): its host or the network between is down"
             )
         link.heard = time.monotonic()
         if _LOST in came:
-            self._end("")
+            self._abandon("")
         if _BYE in came:
             self._over = True
         elif not came:
@@ -196,9 +203,20 @@ class Watchdog:
             rank = int.from_bytes(asker.recv(4, socket.MSG_WAITALL), "big")
             self._before = _Link(self._peers[rank], self._kept_alive(asker), time.monotonic())
 
-    def _end(self, sentence: str) -> None:
-        self._lost(sentence)
+    def _abandon(self, sentence: str, launcher_seconds: float = _LAUNCHER_SECONDS) -> None:
+        """Let the launcher end the job, for so long, and end this host's part of it if it does not."""
         self._tell(_LOST)
+        self._lost(sentence)
+        limit = time.monotonic() + launcher_seconds
+        while (left := limit - time.monotonic()) > 0:
+            if select.select([self._ear], [], [], left)[0]:
+                self._answer()  # another rank may want to tell the same
+        parent = os.getppid()
+        with suppress(OSError):
+            if Path(f"/proc/{parent}/comm").read_text().strip() in _DAEMONS:
+                os.kill(parent, signal.SIGTERM)
+                time.sleep(_TERM_SECONDS)
+                os.kill(parent, signal.SIGKILL)
         os._exit(LOST)
 
     def _tell(self, what: bytes) -> None:
@@ -211,12 +229,12 @@ class Watchdog:
     def _kept_alive(self, link: socket.socket) -> socket.socket:
         """Let the kernel find out whether the other side is there."""
         link.settimeout(_ANSWER_SECONDS)
-        idle, between, probes = max(1, int(self._cut) - 6), 2, 3
+        patience = self._cut - self._beat
         link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, between)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._cut * 1000))  # for beats not answered
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(patience / 3)))
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(patience / 3)))
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(patience * 1000))  # for beats not answered
         return link
 
     def _forget(self) -> None:
