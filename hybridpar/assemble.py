@@ -32,6 +32,7 @@ from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.tensor.recurrent import unstacked
 from hybridpar.tensor.synced import synchronise
+from hybridpar.tensor.uncompiled import check, leave_out
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.message import Mailbox
 
@@ -75,6 +76,7 @@ def parallelize(
         >>> model = hp.parallelize(GPT(...), mesh, loss=hp.CrossEntropy())          # doctest: +SKIP
         >>> print(model.report)                                                     # doctest: +SKIP
     """
+    check(module, mesh.pipeline.size)
     _same_everywhere(module, mesh.everyone)
     module, loss, example = listener().parallelizes(module, loss, example, mesh, weights, init)
     agree(weights, mesh.everyone)
@@ -91,6 +93,7 @@ def parallelize(
     plan = _plan(module, plan, mesh.tensor.size, sequence)
     applied = apply(module, plan, mesh.tensor, draw, sequence)
     synced = synchronise(module, mesh.peers)
+    leave_out(module)
     all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}

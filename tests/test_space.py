@@ -259,6 +259,41 @@ def test_a_region_can_be_checkpointed_as_a_whole() -> None:
     torch.testing.assert_close(two, one, **CLOSE)
 
 
+class Residual(nn.Module):
+    """Blocks in a loop, each a region; nothing says how to cut it into stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@ranks(4)
+def test_regions_in_stages_train_and_evaluate_as_one_process() -> None:
+    torch.set_num_threads(1)
+    x, wanted, found = numbers(4, 3, 6, 5), numbers(4, 2, 6, 5), []
+    for degrees in ({"pipeline": 2, "tensor": 2}, {"data": 4}):  # replicas with the same samples are one process
+        mesh = hp.init(**degrees)
+        model = hp.parallelize(made(Residual), mesh, loss=nn.MSELoss(), example=x, plan={"blocks.*": "space"})
+        optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        for _ in range(2):
+            loss = model.train_step((x, wanted))
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss)
+        found.append(model.eval_step((x, wanted)))
+        mesh.close()
+    torch.testing.assert_close(found[:3], found[3:], **CLOSE)
+
+
 # ---- refusals
 
 

@@ -1,6 +1,6 @@
 """An end to a script that hangs: each rank says where it is, and the job ends.
 
-    [rank 0] verify: the script's first steps took more than 600 s. It is at train.py:31 in <module>, ..., mpi.py:75 in wait
+    [rank 0] verify: the script's first steps took more than 600 s. It is at train.py:31 in <module>, ...
 """
 
 from __future__ import annotations

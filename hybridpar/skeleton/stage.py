@@ -11,10 +11,12 @@ a later stage ends the forward: what has been made so far and is used later goes
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -183,8 +185,11 @@ class SkeletonStage(nn.Module):
             return _StandIn(name, self, shadow, unit)
         own = _clone(unit)
         forward, poison = own.forward, _Poison(shadow)
+        if own._compiled_call_impl is not None:  # the gate stays outside of what is compiled
+            forward = _compiler(unit)(forward)
         # An attribute of this object, not a wrapper around it: names of parameters stay those of the unsplit module.
         own.forward = lambda *args, **kwargs: self.answer(name, forward, poison, args, kwargs)
+        own._compiled_call_impl = None
         return own
 
 
@@ -252,4 +257,17 @@ def _twin(module: nn.Module) -> nn.Module:
     twin = object.__new__(type(module))
     twin.__dict__.update(vars(module))  # copy.copy refuses parametrized modules
     twin._parameters, twin._buffers, twin._modules = dict(module._parameters), dict(module._buffers), {}
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # as a forward put in the place of the class's
+            vars(twin)[name] = MethodType(value.__func__, twin)
+    if module._compiled_call_impl is not None:
+        twin._compiled_call_impl = _compiler(module)(twin._call_impl)
     return twin
+
+
+def _compiler(module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What `module.compile(...)` has compiled the module with; torch keeps it in a closure only."""
+    kept = inspect.getclosurevars(module._compiled_call_impl).nonlocals.get("self")
+    if kept is None:
+        raise ValueError(f"this torch does not tell how a {type(module).__name__} was compiled: leave it uncompiled")
+    return kept

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hybridpar.seeds import Draw
@@ -19,6 +20,9 @@ class Cut(Protocol):
 
     def ranges(self, held: int) -> Sequence[Range]:
         """The global indices of the `held` local ones."""
+
+
+_FORWARD = -1  # torch's number of the backward pass that is under way, where there is none
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,18 @@ class Dropout(nn.Module):
             raise ValueError(f"{site}: p={p} is not a probability")
         self.p, self.site, self.cut, self.channels = p, site, cut, channels
         self._draw, self._calls, self._turn = draw, 0, draw.turn
+        self._most, self._restarted = 0, _FORWARD  # calls in a forward; the backward in which they were last restarted
 
     def forward(self, x: Tensor) -> Tensor:  # [b, ...] -> [b, ...]
         if not self.training or self.p == 0:
             return x
         if self._turn != self._draw.turn:
-            self.restart()
+            self._calls, self._turn = 0, self._draw.turn
+        backward = torch._C._current_graph_task_id()
+        if backward == _FORWARD:
+            self._most = max(self._most, self._calls + 1)
+        elif self._restarted != backward:
+            self._calls = self._recomputed()
         site = f"{self.site}:{self._calls}"
         self._calls += 1
         shape = x.shape[:2] if self.channels else x.shape
@@ -71,7 +81,16 @@ class Dropout(nn.Module):
 
     def restart(self) -> None:
         """Count calls from here."""
-        self._calls, self._turn = 0, self._draw.turn
+        self._calls, self._turn, self._restarted = 0, self._draw.turn, torch._C._current_graph_task_id()
+
+    def _recomputed(self) -> int:
+        """Which call a checkpoint recomputes that is around this module and not around its parent."""
+        if self._most > 1:
+            raise ValueError(
+                f"{self.site} is called {self._most} times in a forward, and a checkpoint recomputes one of these "
+                "calls without the module around: which mask it had is not known; checkpoint the module that holds it"
+            )
+        return 0
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site!r}, cut={self.cut}"

@@ -41,16 +41,15 @@ class Region(TorchFunctionMode):
     """Runs the forward of `module` on rows; `rules` tell for each function's name what it does with cut tensors.
 
     Example:
-        >>> region = Region(nn.Conv2d(1, 1, 3, padding=1), Alone("tensor"), RULES, "stem")  # doctest: +SKIP
-        >>> region.run(torch.ones(2, 1, 5, 5)).shape                                         # doctest: +SKIP
+        >>> region = Region(conv, Alone("tensor"), RULES, "stem")                             # doctest: +SKIP
+        >>> region.run(conv, torch.ones(2, 1, 5, 5)).shape                                   # doctest: +SKIP
         torch.Size([2, 1, 5, 5])
     """
 
     def __init__(self, module: nn.Module, axis: Axis, rules: Mapping[str, Rule], name: str) -> None:
         super().__init__()
         self.axis, self.name = axis, name
-        self._forward, self._rules = module.forward, rules
-        self._module = module
+        self._rules = rules
         self._inside: list[str] = []  # the names of the modules that are running
         self._running = self._asleep = False
         self._kept: set[int] = set()
@@ -59,19 +58,19 @@ class Region(TorchFunctionMode):
                 child.register_forward_pre_hook(self._enter(f"{name}.{local}" if name else local))
                 child.register_forward_hook(self._left)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, for whole inputs on each index: those of as many dims as the first are cut along
-        dim 2, the others are whole inside too."""
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module, or of a stage's copy of it, for whole inputs on each index: those of as many dims
+        as the first are cut along dim 2, the others are whole inside too."""
         first = next((x for x in _tensors((args, kwargs))), None)
         if first is None or first.dim() < 3:
             found = "no tensor" if first is None else f"one of shape {list(first.shape)}"
             raise ValueError(f'{self.name}: style "space" cuts inputs [b, c, rows, ..], and {found} came in')
         self._inside, self._running, self._asleep = [self.name], True, False
-        self._kept = {id(x) for x in self._module.buffers()}
+        self._kept = {id(x) for x in module.buffers()}
         args, kwargs = _mapped((args, kwargs), lambda x: self._come(x, first.dim()))
         try:
             with self:
-                out = self._forward(*args, **kwargs)
+                out = type(module).forward(module, *args, **kwargs)
         finally:
             self._inside, self._running = [], False
         return _mapped(out, self._leave)

@@ -8,6 +8,8 @@ Parameters are whole on each index; their gradients are summed over the axis. `r
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import Tensor, nn
 
 from hybridpar.seeds import Draw
@@ -65,7 +67,7 @@ def shard(module: nn.Module, axis: Axis, name: str = "region", draw: Draw | None
     region = Region(module, axis, RULES, name)
     if draw is not None:
         _mask(module, region, name, draw)
-    module.forward = region.run
+    module.forward = MethodType(region.run, module)
 
 
 class _Here:

@@ -8,6 +8,8 @@ replicas. (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.)
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,18 +30,18 @@ def synchronise(module: nn.Module, axis: Axis) -> int:
     """
     norms = [child for child in module.modules() if isinstance(child, nn.SyncBatchNorm)]
     for norm in norms:
-        norm.forward = _Together(norm, axis)  # the module stays what it is: its parameters, buffers and name
+        # The module stays what it is, with its parameters, buffers and name; a method, so that a stage's copy has its own.
+        norm.forward = MethodType(_Together(axis), norm)
     return len(norms)
 
 
 class _Together:
-    """The forward of one norm."""
+    """The forward of a norm."""
 
-    def __init__(self, norm: nn.SyncBatchNorm, axis: Axis) -> None:
-        self._norm, self._axis = norm, axis
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
 
-    def __call__(self, x: Tensor) -> Tensor:  # [b, c, ..] -> [b, c, ..]
-        norm = self._norm
+    def __call__(self, norm: nn.SyncBatchNorm, x: Tensor) -> Tensor:  # [b, c, ..] -> [b, c, ..]
         mean, variance = norm.running_mean, norm.running_var
         if not norm.training or x.is_meta:
             return F.batch_norm(x, mean, variance, norm.weight, norm.bias, mean is None, 0.0, norm.eps)
