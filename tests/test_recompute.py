@@ -50,7 +50,7 @@ def gradients(parts: Callable[[], list[nn.Module]], calls: int, kept: bool) -> l
     for step in range(2):
         draw.step = step
         outputs = []
-        for samples in (torch.arange(3), torch.arange(3, 6)):  # the backward of one microbatch after the other's forward
+        for samples in (torch.arange(3), torch.arange(3, 6)):  # two forwards, then two backwards
             draw.samples = samples
             outputs.append((samples, model(x)))
         for samples, output in outputs:

@@ -30,7 +30,7 @@ def synchronise(module: nn.Module, axis: Axis) -> int:
     """
     norms = [child for child in module.modules() if isinstance(child, nn.SyncBatchNorm)]
     for norm in norms:
-        # The module stays what it is, with its parameters, buffers and name; a method, so that a stage's copy has its own.
+        # The module stays, with its parameters, buffers and name; a method, so that a stage's copy has its own.
         norm.forward = MethodType(_Together(axis), norm)
     return len(norms)
 
