@@ -33,6 +33,7 @@ _HOMES = {
     "init": "hybridpar.start",
     "load": "hybridpar.checkpoint.load",
     "parallelize": "hybridpar.assemble",
+    "run": "hybridpar.launch.function",
     "save": "hybridpar.checkpoint.save",
     "verify": "hybridpar.proof.verify",
 }

@@ -50,10 +50,11 @@ FLOORS = (
     (
         "shell",
         ("cli", "launch/*", "__main__", "proof/job", "proof/table", "checkpoint/commands"),
-        ("click", "rich", "psutil"),
+        ("click", "rich", "psutil", "cloudpickle"),
     ),
 )
 READ_THE_ENVIRONMENT = ("start", "cli", "doctor", "wires/boot", "wires/ending", "install/*")
+READ_THE_ENVIRONMENT += ("launch/function", "launch/call")
 PICKLING = ("bcast", "gather", "allgather", "scatter", "alltoall", "reduce", "allreduce", "scan", "exscan")
 PICKLING += ("send", "isend", "ssend", "issend", "bsend", "recv", "irecv", "sendrecv", "mrecv")
 CARRIERS = ("mpi4py", "horovod", "torch.distributed")

@@ -45,7 +45,8 @@ _OPENINGS = re.compile(
     rb"|\w+run (has exited due|noticed|detected)|\w+ has lost"
 )
 _NOISE = re.compile(
-    rb"\[warn\] Epoll |\[\S+:\d+\] (\d+ more process|Set MCA parameter|PMIX ERROR|plm:rsh: Warning: setpgid)"
+    rb"\[warn\] Epoll |\[\S+:\d+\] (\d+ more process|Set MCA parameter|PMIX ERROR|plm:rsh: Warning: setpgid"
+    rb"|.*Out of resource in file .*show_help)"
 )
 
 

@@ -34,10 +34,11 @@ def main(tag: str, folder: str, script: str, *arguments: str) -> None:
 
 def _run(script: str, arguments: tuple[str, ...]) -> None:
     sys.argv[:] = [script, *arguments]
+    path = os.path.abspath(script)
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = os.path.dirname(os.path.abspath(script))
+        sys.path[0] = os.path.dirname(path)
     module = ModuleType("__main__")
-    module.__dict__.update(__file__=script, __builtins__=builtins, __spec__=None)
+    module.__dict__.update(__file__=path, __builtins__=builtins, __spec__=None)
     sys.modules["__main__"] = module
     told = sys.excepthook
 
@@ -47,8 +48,8 @@ def _run(script: str, arguments: tuple[str, ...]) -> None:
         told(kind, error, trace)
 
     sys.excepthook = without_us
-    with open(script, "rb") as file:
-        code = compile(file.read(), script, "exec", dont_inherit=True)
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
     exec(code, module.__dict__)
 
 

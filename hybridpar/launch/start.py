@@ -28,15 +28,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LEASH = 'read -r _; kill -s TERM -- "-$0"; sleep 6; kill -s KILL -- "-$0"'
 
 
-def start(job: Job, grace_seconds: float = GRACE_SECONDS, errors: int = 2) -> int:
+def start(job: Job, grace_seconds: float = GRACE_SECONDS, output: int | None = None, errors: int = 2) -> int:
     """Run `job` and return its exit code, 128 + n where signal n ended it.
 
-    SIGINT, SIGTERM and SIGHUP end all of its processes, and what is still there after `grace_seconds` is killed. Its
-    errors are written to the file number `errors`. In another thread than the main one signals are left alone.
+    SIGINT, SIGTERM and SIGHUP end all of its processes, and what is still there after `grace_seconds` is killed. What
+    it prints goes to the file numbers `output` (None: ours) and `errors`. In another thread than the main one signals
+    are left alone.
     """
     process = subprocess.Popen(
-        job.command, env=dict(job.environment), start_new_session=True, stderr=subprocess.PIPE
-    )  # fmt: skip
+        job.command, env=dict(job.environment), start_new_session=True, stdout=output, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     pages = Pages(process.stderr.fileno(), errors)
     reading = threading.Thread(target=pages.pass_on, daemon=True)

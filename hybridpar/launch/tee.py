@@ -83,7 +83,7 @@ def _write(text: bytes, to: int, prefix: bytes, copy: int | None) -> None:
     if copy is not None:
         with suppress(OSError):  # a full disk ends no training
             os.write(copy, text)
-    tagged = b"".join(prefix + line for line in text.splitlines(keepends=True)) if prefix else text
+    tagged = b"".join(line if line.startswith(prefix) else prefix + line for line in text.splitlines(True))
     with suppress(OSError):
         while tagged:
             tagged = tagged[os.write(to, tagged) :]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from hybridpar.launch.interfaces import interfaces, this_host
 
 
-class Place(Protocol):
+@dataclass(frozen=True)
+class Place:
     """Where somebody listens: what tells its host apart, the host's addresses with their networks, the port."""
 
-    @property
-    def host(self) -> str: ...
-    @property
-    def addresses(self) -> Sequence[str]: ...
-    @property
-    def port(self) -> int: ...
+    host: str
+    addresses: tuple[str, ...]
+    port: int
+
+    @classmethod
+    def here(cls, port: int) -> Place:
+        """A port of this host."""
+        return cls(this_host(), tuple(interfaces()), port)
 
 
 def connected(place: Place, hello: bytes, seconds: float) -> socket.socket:

@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridpar.launch.interfaces import interfaces, this_host
+from hybridpar.launch.interfaces import interfaces
 from hybridpar.mesh import Mesh
 from hybridpar.shard import balanced
-from hybridpar.wires.address import connected
+from hybridpar.wires.address import Place, connected
 from hybridpar.wires.axis import Axis, Handle
 from hybridpar.wires.boot import gloo_interface
 
 _OPS = {"sum": dist.ReduceOp.SUM, "average": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 _WIDER = {torch.int16: torch.int32, torch.bool: torch.int32}  # neither carrier adds these
 _CONNECT_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class Listener:
-    """Where rank 0's store is found."""
-
-    host: str
-    addresses: tuple[str, ...]
-    port: int
 
 
 class TorchHandle:
@@ -153,9 +143,8 @@ def torch_axes(
 def _meet(everyone: Axis) -> tuple[dist.TCPStore, str | None]:
     """The store of rank 0, and the interface that leads to it from here; None where all ranks are on one host."""
     store = dist.TCPStore("127.0.0.1", 0, everyone.size, True, wait_for_workers=False) if everyone.index == 0 else None
-    mine = (this_host(), tuple(interfaces()), store.port if store is not None else 0)
-    told = [Listener(*one) for one in everyone.objects(mine)]
-    with connected(told[0], b"", _CONNECT_SECONDS) as tried:
+    first = everyone.objects(Place.here(store.port if store is not None else 0))[0]
+    with connected(first, b"", _CONNECT_SECONDS) as tried:
         way, (address, port) = tried.getsockname()[0], tried.getpeername()[:2]
     ways = everyone.objects(address)
     store = store or dist.TCPStore(address, port, everyone.size, False)
@@ -164,9 +153,7 @@ def _meet(everyone: Axis) -> tuple[dist.TCPStore, str | None]:
     return store, names.get(way) or names[away[0]] if away else None
 
 
-def _made(
-    backend: str, mesh: Mesh, everyone: Axis, axes: Mapping[str, Axis], store: dist.TCPStore
-) -> dict[str, Axis]:
+def _made(backend: str, mesh: Mesh, everyone: Axis, axes: Mapping[str, Axis], store: dist.TCPStore) -> dict[str, Axis]:
     dist.init_process_group(backend, store=store, rank=everyone.index, world_size=everyone.size)
     made: dict[str, Axis] = {}
     for name, control in axes.items():

@@ -91,7 +91,11 @@ class MpiAxis(Axis):
         shapes = [(*x.shape[:dim], n, *x.shape[dim + 1 :]) for n in lengths]
         counts = [_count(shape) for shape in shapes]
         all_ = torch.empty(sum(counts), dtype=x.dtype, device=sent.device)
-        self._comm.Allgatherv(_words(sent), [_address(all_), counts, _WORDS[x.element_size()]])
+        if all_.numel() > _MOST:  # MPI counts places in the whole too
+            for source, piece in enumerate(all_.split(counts)):
+                self._comm.Bcast(_words(piece.copy_(sent.view(-1)) if source == self.index else piece), root=source)
+        else:
+            self._comm.Allgatherv(_words(sent), [_address(all_), counts, _WORDS[x.element_size()]])
         pieces = [piece.view(shape) for piece, shape in zip(all_.split(counts), shapes)]
         # Pieces of a leading dim already lie one after another.
         whole = all_.view(sum(lengths), *x.shape[1:]) if dim == 0 else torch.cat(pieces, dim)
@@ -113,6 +117,7 @@ class MpiAxis(Axis):
         coming = torch.empty_like(counts)
         self._comm.Alltoall([_address(counts), 1, MPI.INT64_T], [_address(coming), 1, MPI.INT64_T])
         got = torch.empty(int(coming.sum()), dtype=sent.dtype, device=sent.device)
+        _checked_count(max(sent.numel(), got.numel()))
         word = _WORDS[sent.element_size()]
         self._comm.Alltoallv([_address(sent), counts.tolist(), word], [_address(got), coming.tolist(), word])
         rest = pieces[0].shape[1:]
@@ -136,6 +141,7 @@ class MpiAxis(Axis):
     def objects(self, value: Any) -> list[Any]:
         letter = bytearray(pickle.dumps(value))
         lengths = self._lengths(len(letter))
+        _checked_count(sum(lengths))
         all_ = bytearray(sum(lengths))
         self._comm.Allgatherv([letter, MPI.BYTE], [all_, lengths, MPI.BYTE])
         starts = [sum(lengths[:i]) for i in range(self.size)]
@@ -198,6 +204,10 @@ def _numbers(x: Tensor) -> list[Any]:
 
 
 def _checked(x: Tensor) -> int:
-    if x.numel() > _MOST:
-        raise ValueError(f"a tensor of {x.numel()} elements is more than MPI counts ({_MOST}); cut it over more ranks")
-    return x.numel()
+    return _checked_count(x.numel())
+
+
+def _checked_count(count: int) -> int:
+    if count > _MOST:
+        raise ValueError(f"a message of {count} elements is more than MPI counts ({_MOST}); cut it over more ranks")
+    return count

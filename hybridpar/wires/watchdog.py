@@ -34,8 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridpar.launch.interfaces import interfaces, this_host
-from hybridpar.wires.address import connected
+from hybridpar.wires.address import Place, connected
 from hybridpar.wires.mpi import MpiAxis
 
 if TYPE_CHECKING:
@@ -57,10 +56,8 @@ class Peer:
     """Where a rank listens."""
 
     rank: int
-    host: str  # what tells hosts apart
-    name: str
-    addresses: tuple[str, ...]
-    port: int
+    name: str  # of its host
+    place: Place
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.name}"
@@ -94,11 +91,11 @@ class Watchdog:
         # A beat that goes into a cut link puts off the kernel's question, so that its own answer must be soon.
         self._beat = min(link_seconds, silent_seconds or link_seconds) / 4.5
         self._ear = _listener()
-        mine = (this_host(), socket.gethostname(), tuple(interfaces()), self._ear.getsockname()[1])
-        told = MpiAxis(comm, "everyone").objects((*mine, secrets.token_bytes(16)))
-        self._peers = [Peer(rank, *one[:4]) for rank, one in enumerate(told)]
-        self._token, self._rank = told[0][4], comm.rank
-        self.several_hosts = len({peer.host for peer in self._peers}) > 1
+        mine = Peer(comm.rank, socket.gethostname(), Place.here(self._ear.getsockname()[1]))
+        told = MpiAxis(comm, "everyone").objects((mine, secrets.token_bytes(16)))
+        self._peers = [peer for peer, _ in told]
+        self._token, self._rank = told[0][1], comm.rank
+        self.several_hosts = len({peer.place.host for peer in self._peers}) > 1
         self._parent = _opened(os.getppid())
         self._next: _Link | None = None
         self._before: _Link | None = None
@@ -119,7 +116,7 @@ class Watchdog:
         """Whether this rank is the first of the job to ask. A rank 0 that does not answer has ended, or is cut off."""
         if self._rank == 0:
             return self._spoken.acquire(blocking=False)
-        with suppress(OSError), connected(self._peers[0], self._token + _SPEAK, _ANSWER_SECONDS) as asked:
+        with suppress(OSError), connected(self._peers[0].place, self._token + _SPEAK, _ANSWER_SECONDS) as asked:
             return asked.recv(1) != _NO
         time.sleep(_ANSWER_SECONDS)  # it has probably told why, and the launcher is about to end us
         return True
@@ -127,7 +124,7 @@ class Watchdog:
     def _watch(self) -> None:
         after = self._peers[(self._rank + 1) % len(self._peers)]
         with suppress(OSError):  # a firewall between hosts lets MPI through and not us: then there is no link
-            link = connected(after, self._token + _RING + self._rank.to_bytes(4, "big"), self._cut)
+            link = connected(after.place, self._token + _RING + self._rank.to_bytes(4, "big"), self._cut)
             self._next = _Link(after, self._kept_alive(link), time.monotonic())
         slept = time.monotonic()
         while not self._over:
