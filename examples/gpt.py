@@ -3,6 +3,8 @@
     python examples/gpt.py                                                  one process
     hybridpar run -np 4 --pipeline 2 examples/gpt.py                        2 replicas of 2 stages
     hybridpar run -np 8 --tensor 2 --pipeline 2 examples/gpt.py             2 x 2 x 2
+    hybridpar run -np 2 --tensor 2 examples/gpt.py --save 100               a checkpoint every 100 steps
+    hybridpar run -np 4 --pipeline 2 examples/gpt.py --resume               goes on from the newest, on any mesh
 
 The loss is the same in every layout; only the time differs.
 """
@@ -42,6 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--megabytes", type=float, default=8.0, help="of text")
     parser.add_argument("--folder", type=Path, default=Path("runs/gpt"), help="where results go")
+    parser.add_argument("--save", type=int, default=0, metavar="STEPS", help="a checkpoint every so many steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     return parser.parse_args()
 
 
@@ -68,20 +72,28 @@ def main() -> None:
     validation = hp.DataLoader(
         Windows(text.validation, args.context), mesh, batch_size=args.batch, drop_last=True
     )
+    checkpoints = hp.Checkpoints(args.folder / "checkpoints", keep=3, asynchronous=True)
+    parts = (model, optimizer, rate, training)
+    found = checkpoints.load(*parts) if args.resume else None
+    done = found.step if found else 0
     if first:
         print(model.report)
+        if found:
+            print(f"goes on after step {done}, from {found.path} written on {found.mesh}")
         print(f"text: {text.megabytes:.1f} MB, {len(text.train):,} tokens, {len(text.validation):,} held back")
 
     loss = math.nan
     often = 1 if sys.stderr.isatty() else 5
-    bar = tqdm(total=args.steps, disable=not first, mininterval=often, unit="step", ncols=110)
+    bar = tqdm(total=args.steps, initial=done, disable=not first, mininterval=often, unit="step", ncols=110)
     began = time.perf_counter()
-    for step, batch in zip(range(1, args.steps + 1), endless(training)):
+    for step, batch in zip(range(done + 1, args.steps + 1), endless(training)):
         loss = model.train_step(batch, microbatches=args.microbatches)
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        speed = step * args.batch * args.context / (time.perf_counter() - began)
+        if args.save and step % args.save == 0:
+            checkpoints.save(*parts, metrics={"loss": loss})
+        speed = (step - done) * args.batch * args.context / (time.perf_counter() - began)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
     bar.close()
@@ -93,7 +105,8 @@ def main() -> None:
         print(f"trained {args.steps} steps in {seconds:.0f} s on {mesh.mesh}; training loss {loss:.3f}")
         print(f"validation loss {sum(losses) / len(losses):.3f} nats per token; knowing frequencies only: "
               f"{text.unigram_entropy():.3f} (unigram entropy)")
-        show_pipeline(model, measured, args)
+        if done < args.steps:
+            show_pipeline(model, measured, args)
         save_and_sample(state, shape, text, args.folder)
 
 

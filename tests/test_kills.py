@@ -140,8 +140,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize(("ranks", "background"), [(None, False), (2, False), (2, True)])
 def test_a_full_disk_leaves_the_last_checkpoint_and_gives_one_sentence(
     tmp_path: Path, small_disk: Path, background: bool, ranks: int | None
 ) -> None:
@@ -162,8 +161,7 @@ def test_a_save_in_the_background_that_fails_last_is_told_when_the_script_ends(
     for ranks, degrees in ((None, {}), (2, {"data": 2})):
         for path in folders.complete(small_disk):
             folders.remove(path, "x")
-        job = run(tmp_path, training(0, 2, background=True, **degrees), ranks=ranks)
-        assert_one_sentence(job)
+        assert_one_sentence(run(tmp_path, training(0, 2, background=True, **degrees), ranks=ranks))
 
 
 def assert_one_sentence(job: Job) -> None:

@@ -45,38 +45,40 @@ class Inventory:
     ) -> None:
         mesh = given.model.world.mesh
         several = {item.key: item for one in told for item in one.items}
-        self.items = in_order([*several.values(), *_of_replicas(several, told, given.model)])
+        several |= {item.key: item for item in _of_replicas(several, told, given.model)}
+        self.items = in_order(several.values())
         self.writers = assign(self.items, mesh)
         self.config = _config(given.model)
-        self._given, self._mine, self._told, self._rest, self._step = given, mine, told, rest, step
+        self._mine, self._specs, self._rest, self._step = mine, given.model._unsplit.specs, rest, step
+        self._mesh, self._tied = mesh, dict(given.model._unsplit.tied)
+        firsts = [told[mesh.rank(0, p, 0)] for p in range(mesh.pipeline)]
+        self._states = {  # now: a thread asks for the manifest when the training has gone on
+            **given.states(),
+            "optimizers": [optimizers.merged(parts) for parts in zip(*(one.optimizers for one in firsts))],
+            "randomness": randomness.merged([one.random for one in told]),
+            "extra": rest["extra"],
+        }
 
     def held(self, item: Item) -> Held:
         """This rank's shard of `item`."""
         kind = "model" if item.replica is not None else item.kind
         if (kind, item.name) in self._mine:
             return self._mine[kind, item.name]
-        spec = self._given.model._unsplit.specs[item.name.rpartition("/")[0]]
+        spec = self._specs[item.name.rpartition("/")[0]]
         return None, (spec if item.shape == spec.shape else Spec(item.name, item.shape))
 
     def manifest(self, written: Mapping[str, File], now: str) -> Manifest:
         """That of the checkpoint whose tensors are `written`."""
-        model, told, mesh = self._given.model, self._told, self._given.model.world.mesh
-        firsts = [told[mesh.rank(0, p, 0)] for p in range(mesh.pipeline)]
-        states = {
-            **self._given.states(),
-            "optimizers": [optimizers.merged(parts) for parts in zip(*(one.optimizers for one in firsts))],
-            "randomness": randomness.merged([one.random for one in told]),
-            "extra": self._rest["extra"],
-        }
+        mesh = self._mesh
         return Manifest(
             step=self._step,
             written=now,
             layout={"data": mesh.data, "pipeline": mesh.pipeline, "tensor": mesh.tensor},
             files=dict(written),
             tensors=stored(self.items, self.writers),
-            tied=dict(model._unsplit.tied),
+            tied=self._tied,
             metrics=self._rest["metrics"],
-            states=states,
+            states=self._states,
             versions={"torch": str(torch.__version__)},
         )
 
@@ -125,7 +127,8 @@ def replica_kind(replica: int) -> str:
 
 
 def _of_replicas(several: Mapping[tuple[str, str], Item], told: Sequence[_Told], model: ParallelModel) -> list[Item]:
-    """Buffers of later replicas that differ from the first one's, such as running statistics."""
+    """Buffers of later replicas that differ from the first one's, such as running statistics; and those of the first,
+    which only its own ranks can write then."""
     mesh, found = model.world.mesh, {}
     for rank, one in enumerate(told):
         place = mesh.place(rank)
@@ -133,8 +136,8 @@ def _of_replicas(several: Mapping[tuple[str, str], Item], told: Sequence[_Told],
         for name, value in one.buffers.items():
             if first[name] != value:
                 item = several["model", name]
-                kind = replica_kind(place.data)
-                found[kind, name] = Item(kind, name, item.shape, item.dtype, item.pipeline, place.data)
+                for kind, replica in (("model", 0), (replica_kind(place.data), place.data)):
+                    found[kind, name] = Item(kind, name, item.shape, item.dtype, item.pipeline, replica)
     return list(found.values())
 
 

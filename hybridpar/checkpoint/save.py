@@ -58,8 +58,8 @@ def save(
     rest = {"extra": to_plain(dict(extra or {}), "extra"), "metrics": dict(metrics or {})}
     listed = inventory(given, rest, step, str(goal))
     job = _Job(goal, given, listed, files(listed.items, listed.writers), after)
-    job.open()
     try:
+        job.open()
         if asynchronous:
             return job.behind()
         job.at_once()
