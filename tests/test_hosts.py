@@ -197,6 +197,17 @@ def test_the_commands_of_the_page_lead_to_a_run_on_two_hosts(tmp_path: Path) -> 
         assert hosts.left() == []
 
 
+def test_a_function_is_called_on_other_hosts_too(hosts: Cluster) -> None:
+    body = (
+        "import socket, hybridpar as hp\n"
+        "told = hp.run(lambda add: (socket.gethostname(), hp.init().rank + add), [5], hosts='hpa:1,hpb:2')\n"
+        "print(told, flush=True)\n"
+    )
+    seen = hosts.run("hpa", [sys.executable, "-c", body])
+    assert (seen.code, seen.out) == (0, "[('hpa', 5), ('hpb', 6), ('hpb', 7)]\n"), seen
+    assert hosts.left() == []
+
+
 def with_venv(folder: Path) -> Path:
     """`folder` with a .venv that leads to ours, and in it a `hybridpar` even where that is not installed."""
     programs = folder / ".venv" / "bin"

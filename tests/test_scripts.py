@@ -155,8 +155,9 @@ def test_the_mpijob_fits_the_image() -> None:
 def test_slurm_runs_the_script_for_cpus(request: pytest.FixtureRequest, venv: Path) -> None:
     user = request.getfixturevalue("pmix")
     line = ["--nodes=1", "--ntasks-per-node=4", "--cpus-per-task=1", "examples/slurm/cpu.sbatch", TRAIN, str(venv)]
-    told = batch(venv, user, "--wait", *line)
-    assert "step 2" in told, told
+    job, output = batch(venv, user, *line)
+    until(lambda: ended(job, venv, user), "the end", output)
+    assert "step 2" in output.read_text(), output.read_text()
     places = [json.loads((venv / f"place-{rank}.json").read_text()) for rank in range(4)]
     assert [place["place"] for place in places] == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
     assert {place["threads"] for place in places} == {"1"}
@@ -175,9 +176,7 @@ def test_slurm_puts_a_job_back_into_the_queue_and_runs_it_again(request: pytest.
     user = request.getfixturevalue("pmix")
     (venv / "train.py").write_text(WAITS_FIRST)
     line = ["--nodes=1", "--ntasks-per-node=4", "--cpus-per-task=1", "examples/slurm/requeue.sbatch", "train.py"]
-    batch(venv, user, *line)
-    output = until(lambda: next(iter(venv.glob("hybridpar-*.out")), None), "the job to begin")
-    job = output.stem.removeprefix("hybridpar-")
+    job, output = batch(venv, user, *line)
     until(lambda: output.read_text().count("begun") == 4, "all ranks", output)
     called(["scancel", "--batch", "--signal=USR1", job], venv, user)
     until(lambda: "back into the queue after run 0" in output.read_text(), "the trap", output)
@@ -185,14 +184,19 @@ def test_slurm_puts_a_job_back_into_the_queue_and_runs_it_again(request: pytest.
     until(lambda: "PENDING" in called(["squeue", "-h", "-o", "%T", "-j", job], venv, user), "the queue", output)
     called(["scontrol", "update", f"JobId={job}", "StartTime=now"], venv, user)
     until(lambda: output.read_text().count("resumed") == 4, "the second run", output)
-    until(lambda: called(["squeue", "-h", "-t", "R,CG", "-j", job], venv, user) == "", "the end", output)
+    until(lambda: ended(job, venv, user), "the end", output)
 
 
-def batch(folder: Path, user: dict[str, str], *words: str) -> str:
-    """Submit a script of examples/ in `folder`; what it printed, where it was waited for."""
+def batch(folder: Path, user: dict[str, str], *words: str) -> tuple[str, Path]:
+    """Submit a script of examples/ in `folder`: the number of its job, which has begun, and the file of its output."""
     words = tuple(str(CHECKOUT / word) if word.startswith("examples/") else word for word in words)
     called(["sbatch", *words], folder, {**user, "PYTHONPATH": str(CHECKOUT)})
-    return "".join(path.read_text() for path in folder.glob("hybridpar-*.out"))
+    output = until(lambda: next(iter(folder.glob("hybridpar-*.out")), None), "job that begins")
+    return output.stem.removeprefix("hybridpar-"), output
+
+
+def ended(job: str, folder: Path, user: dict[str, str]) -> bool:
+    return called(["squeue", "--noheader", "--states=PD,R,CG", f"--jobs={job}"], folder, user) == ""
 
 
 def called(command: list[str], folder: Path, user: dict[str, str]) -> str:
