@@ -53,7 +53,7 @@ def test_a_job_is_planned_for_its_mesh(script: Path) -> None:
     )  # fmt: skip
     assert job.mesh == Mesh(data=2, pipeline=2, tensor=2)
     assert job.command[:3] == (str(scripts() / "mpirun"), "-np", "8")
-    assert job.command[-4:] == (sys.executable, str(script), "--steps", "3")
+    assert job.command[-6:] == ("hybridpar.launch.rank", "plain", "", str(script), "--steps", "3")
     assert job.environment["HYBRIDPAR_TENSOR"] == "2"
     assert job.environment["HYBRIDPAR_PIPELINE"] == "2"
     assert job.environment["HYBRIDPAR_CARRIER"] == "gloo"

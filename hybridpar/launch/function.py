@@ -139,7 +139,7 @@ def _led_to(stream: IO[str]) -> Any:
     read, write = os.pipe()
 
     def lead() -> None:
-        with os.fdopen(read, encoding="utf-8", errors="replace") as lines:
+        with os.fdopen(read, encoding="utf-8", errors="replace", newline="") as lines:
             for line in lines:
                 stream.write(line)
                 stream.flush()

@@ -34,10 +34,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a batch system has given: its name, the hosts, and whether it starts processes on them itself."""
+    """What a batch system has given: its name, the hosts, the fewest cores of one of them (0: it does not say)."""
 
     system: str
     hosts: tuple[Host, ...]
+    cores: int = 0
 
 
 def parse(text: str) -> tuple[Host, ...]:
@@ -93,11 +94,12 @@ def allocated(environment: Mapping[str, str]) -> Allocation | None:
 
     Example:
         >>> allocated({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"})
-        Allocation(system='Slurm', hosts=(Host(name='n1', slots=4), Host(name='n2', slots=4)))
+        Allocation(system='Slurm', hosts=(Host(name='n1', slots=4), Host(name='n2', slots=4)), cores=0)
     """
     told = environment.get
     if told("SLURM_JOB_ID") and told("SLURM_JOB_NODELIST"):
-        return Allocation("Slurm", _slurm(environment))
+        cores = _counts(environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
+        return Allocation("Slurm", _slurm(environment), min(cores, default=0))
     if told("PBS_JOBID") and told("PBS_NODEFILE"):
         return Allocation("PBS", read_file(Path(environment["PBS_NODEFILE"])))
     if told("LSB_JOBID"):
@@ -157,11 +159,14 @@ def _numbers(text: str) -> Iterable[str]:
 def _slurm(environment: Mapping[str, str]) -> tuple[Host, ...]:
     names = expand(environment["SLURM_JOB_NODELIST"])
     told = environment.get("SLURM_TASKS_PER_NODE") or environment.get("SLURM_JOB_CPUS_PER_NODE") or "1"
-    slots: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told):
-        slots += [int(count)] * int(times or 1)
+    slots = _counts(told)
     slots += [slots[-1]] * (len(names) - len(slots))
     return tuple(Host(name, n) for name, n in zip(names, slots))
+
+
+def _counts(told: str) -> list[int]:
+    """4(x2),3 -> 4 4 3"""
+    return [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", told) for _ in range(int(times or 1))]
 
 
 def _lsf(environment: Mapping[str, str]) -> Allocation | None:

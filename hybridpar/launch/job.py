@@ -19,6 +19,7 @@ from hybridpar.launch.placement import Placement, place
 from hybridpar.launch.wishes import Wishes
 from hybridpar.mesh import Mesh
 
+_NO_SHELL = "false"  # as mpi.settings writes it where there is no ssh
 _INSIDE = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 
 
@@ -95,6 +96,7 @@ def plan(
     ready = mpi.settings(environment, scripts, prefix)
     ready.update({name: value for name, value in wishes.sets if value is not None})
     ready.update({f"HYBRIDPAR_{name}": str(value) for name, value in told.items() if value is not None})
+    cores = given.cores if given is not None and given.cores else cores
     local = max(host.slots for host in placement.hosts) if placement else ranks
     threads = wishes.threads or max(1, cores // local)
     if wishes.threads:
@@ -136,9 +138,9 @@ def _reach(
     agents = {"LSF": "blaunch", "PBS": "pbs_tmrsh"}
     agent = agents.get(given.system, "") if given is not None else ""
     if agent and shutil.which(agent, path=ready["PATH"]):
-        ready.setdefault("OMPI_MCA_plm_rsh_agent", agent)
+        ready["OMPI_MCA_plm_rsh_agent"] = agent
         return ()
-    if "OMPI_MCA_plm_rsh_agent" in ready:
+    if ready.get("OMPI_MCA_plm_rsh_agent", _NO_SHELL) != _NO_SHELL:
         return (*shlex.split(ready["OMPI_MCA_plm_rsh_agent"]), *shlex.split(ready.get("OMPI_MCA_plm_rsh_args", "")))
     options = [*lines.ssh(wishes), *shlex.split(ready.get("OMPI_MCA_plm_rsh_args", ""))]
     ready["OMPI_MCA_plm_rsh_args"] = shlex.join(options)

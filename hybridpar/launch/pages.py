@@ -18,6 +18,7 @@ from contextlib import suppress
 
 _EDGE = re.compile(rb"-{70,80}\n")
 _LONGEST = 40  # lines
+_LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # a bar of progress, which uses \r, is one
 _PAUSE_SECONDS = 0.2  # after which a line that has begun is passed on
 _UNLESS_TOLD = "the page itself"  # it is passed on, unless the reason is known already
 # What is known, and what is said in its place; {0} is the pattern's first group.
@@ -45,8 +46,14 @@ _OPENINGS = re.compile(
     rb"|\w+run (has exited due|noticed|detected)|\w+ has lost"
 )
 _NOISE = re.compile(
-    rb"\[warn\] Epoll |\[\S+:\d+\] (\d+ more process|Set MCA parameter|PMIX ERROR|plm:rsh: Warning: setpgid"
+    rb"srun: cluster configuration lacks support for cpu binding|\[warn\] Epoll "
+    rb"|\[\S+:\d+\] (\d+ more process|Set MCA parameter|PMIX ERROR|plm:rsh: Warning: setpgid"
     rb"|.*Out of resource in file .*show_help)"
+)
+# What Slurm tells of a job step that ends since a rank has failed.
+_SLURM = re.compile(
+    rb"srun: (error: .*(Killed|Exited with exit code|Terminated)|Job step aborted|launch/slurm: _step_signal)"
+    rb"|slurmstepd-\S+: error: \*\*\* STEP"
 )
 
 
@@ -76,7 +83,7 @@ class Pages:
         self._write(f"hybridpar: {sentence}\n".encode())
 
     def _take(self, came: bytes) -> None:
-        for line in (self._begun + came).splitlines(keepends=True):
+        for line in _LINES.findall(self._begun + came):
             self._begun = b""
             whole = line.endswith(b"\n")
             if self._inside or not (whole or line.startswith((b"-", b"[")) or self._page):
@@ -99,7 +106,7 @@ class Pages:
                 self._release()
         elif edge:
             self._page = [line]
-        elif not _NOISE.match(line):
+        elif not _NOISE.match(line) and not (self.told and _SLURM.match(line)):
             self.told |= line.startswith(b"[rank ") or b"Traceback" in line
             self._write(line)
 

@@ -26,7 +26,8 @@ def main(tag: str, folder: str, script: str, *arguments: str) -> None:
     ending = Ending.installed()
     if tag == "tag" or folder:
         lead(ending.rank, tag == "tag", folder)
-    sys.stdout.reconfigure(line_buffering=True)  # as on a terminal: a training shows its steps as they come
+    # Lines as they come, as on a terminal, and whole, also under PYTHONUNBUFFERED: other ranks print too.
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if hasattr(os, "pidfd_open"):
         threading.Thread(target=_end_with, args=(os.getppid(),), name="hybridpar-parent", daemon=True).start()
     _run(script, arguments)

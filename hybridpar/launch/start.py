@@ -44,7 +44,9 @@ def start(job: Job, grace_seconds: float = GRACE_SECONDS, output: int | None = N
     reading.start()
     with _leash(process.pid):
         code = _awaited(process, grace_seconds)
-    reading.join(2)  # somebody may have been left behind who holds it open
+    reading.join(2)
+    if not reading.is_alive():  # else somebody has been left behind who holds it open
+        process.stderr.close()
     if code == _DAEMON_LOST:
         return LOST
     if code == -signal.SIGKILL:

@@ -9,12 +9,14 @@ lines, and ends when nobody is left who could print, so the last words of a rank
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 from contextlib import suppress
 from pathlib import Path
 
 _CHUNK = 65536
+_LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # \r, of a bar of progress, ends none
 _UNFINISHED_BYTES = 65536  # a line so long is passed on before it ends
 
 
@@ -83,7 +85,7 @@ def _write(text: bytes, to: int, prefix: bytes, copy: int | None) -> None:
     if copy is not None:
         with suppress(OSError):  # a full disk ends no training
             os.write(copy, text)
-    tagged = b"".join(line if line.startswith(prefix) else prefix + line for line in text.splitlines(True))
+    tagged = b"".join(line if line.startswith(prefix) else prefix + line for line in _LINES.findall(text))
     with suppress(OSError):
         while tagged:
             tagged = tagged[os.write(to, tagged) :]
