@@ -108,7 +108,7 @@ class Cluster:
 
     def run(
         self, host: str, command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str] | None = None,
-        seconds: float = 100.0,
+        seconds: float = 180.0,
     ) -> Seen:  # fmt: skip
         """The same, seen to its end."""
         return self.start(host, command, cwd, env).end(seconds)
