@@ -403,13 +403,14 @@ def test_a_checkpoint_of_the_same_name_is_replaced_and_found_again_if_that_was_c
 
 
 def test_what_is_being_written_by_a_living_process_is_left_alone(tmp_path: Path) -> None:
-    for name, process in (("mine", os.getpid()), ("dead", 2**22 + 1)):
-        folder = folders.beside(tmp_path / name, "tmp", "x")
-        folder.mkdir()
-        folders.claim(folder)
-        owner = json.loads((folder / folders.OWNER).read_text())
-        (folder / folders.OWNER).write_text(json.dumps({**owner, "process": process}))
-    assert [path.name for path in folders.leftovers(tmp_path)] == [".tmp-dead-x"]
+    mine = folders.new_token()
+    dead = mine.replace(f".{os.getpid()}.", f".{2**22 + 1}.")
+    far = "0" + mine[1:] if mine[0] != "0" else "1" + mine[1:]
+    for name, token in (("mine", mine), ("dead", dead), ("far", far), ("far-and-old", far)):
+        folders.beside(tmp_path / name, "tmp", token).mkdir()
+    os.utime(folders.beside(tmp_path / "far-and-old", "tmp", far), (0, 0))
+    found = {path.name.split("-", 1)[1].rpartition("-")[0] for path in folders.leftovers(tmp_path)}
+    assert found == {"dead", "far-and-old"}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -22,7 +22,6 @@ def complete(folder: Path, goal: Path, token: str, told: Manifest, config: str |
     told = replace(told, files={**told.files, **{name: _file(text) for name, text in beside.items()}})
     writing.forget_notes(folder)
     manifest.write_synced(folder / manifest.NAME, told.text())
-    (folder / folders.OWNER).unlink()
     manifest.sync_folder(folder)
     folders.place(folder, goal, token)
 

@@ -10,19 +10,19 @@ A folder is renamed into place when all of it is on the disk, and out of its pla
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from hybridpar.checkpoint import manifest
 
-OWNER = "owner.json"
 _STRANGER_SECONDS = 3600.0  # what another host has not touched for so long is nobody's
 _STEP = re.compile(r"step-(\d+)$")
 
@@ -35,6 +35,11 @@ def step_folder(run: Path, step: int) -> Path:
         'step-00000300'
     """
     return run / f"step-{step:08d}"
+
+
+def new_token() -> str:
+    """The end of the name of a folder that this process makes: its host, itself, and a number."""
+    return f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
 
 
 def beside(path: Path, kind: str, token: str) -> Path:
@@ -125,11 +130,6 @@ def place(written: Path, path: Path, token: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def claim(folder: Path) -> None:
-    """Note in a folder that is being written who writes it."""
-    (folder / OWNER).write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-
-
 def leftovers(parent: Path) -> list[Path]:
     """What runs that were killed have left in `parent` and nobody needs."""
     found = [path for kind in ("tmp", "gone") for path in parent.glob(f".{kind}-*") if not _alive(path)]
@@ -140,19 +140,22 @@ def leftovers(parent: Path) -> list[Path]:
 
 
 def _alive(folder: Path) -> bool:
-    """Whether somebody may still be writing in `folder`."""
-    try:
-        owner = json.loads((folder / OWNER).read_text())
-        if owner["host"] == socket.gethostname():
-            os.kill(owner["process"], 0)
-            return True
-    except ProcessLookupError:
-        return False
-    except PermissionError:
+    """Whether somebody may still be writing in `folder`: its name says which process of which host made it."""
+    host, _, rest = folder.name.rpartition("-")[2].partition(".")
+    process = rest.partition(".")[0]
+    if host == _host() and process.isdigit():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
         return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return _touched(folder, folder.iterdir() if folder.is_dir() else ()) > time.time() - _STRANGER_SECONDS
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 def _touched(folder: Path, inside: Iterable[Path]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ class Checkpoints:
         several = self.all()
         order = {path: place for place, path in enumerate(several)}
         for path in folders.surplus(order, self._keep, self._scores(several), self._largest):
-            folders.remove(path, secrets.token_hex(4))
+            folders.remove(path, folders.new_token())
 
 
 def _metrics(path: Path) -> Mapping[str, float]:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ class _Job:
         return found
 
     def _made(self) -> str:
-        self.token = secrets.token_hex(4)
+        self.token = folders.new_token()
         if folders.is_taken(self.goal):
             raise ValueError(f"{self.goal} is there and is no checkpoint: save to a new folder, such as run/last")
         try:
@@ -152,14 +151,13 @@ class _Job:
             for path in folders.leftovers(self.goal.parent):
                 shutil.rmtree(path, ignore_errors=True)
             self.folder.mkdir()
-            folders.claim(self.folder)
         except OSError as error:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise RuntimeError(writing.refusal(self.goal, error)) from error
         return self.token
 
     def _seen(self) -> None:
-        if not (self.folder / folders.OWNER).exists():
+        if not self.folder.is_dir():
             raise ValueError(
                 f"{self.goal.parent} on this host (rank {self.given.model.world.rank}) is not the folder that rank 0 "
                 "writes to: save to a folder that all hosts share"
