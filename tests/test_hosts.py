@@ -150,7 +150,7 @@ def test_tensor_peers_share_a_host_and_training_equals_one_process(hosts: Cluste
 
 
 def test_plain_horovodrun_trains_on_two_hosts(hosts: Cluster, folder: Path) -> None:
-    """As docs/clusters.md says it; replicas share a host, and each pipeline crosses the link."""
+    """As docs/clusters.md says it; one pipeline of four stages, which crosses the link once."""
     prefix = ["--mpi-args", f"--prefix {PREFIX}"] if PYPI_MPI else []
     line = ["horovodrun", "-np", "4", "-H", "hpa:2,hpb:2", "--mpi", *prefix, "python", TRAIN, str(folder)]
     env = {"OPAL_PREFIX": str(PREFIX)} if PYPI_MPI else {}

@@ -6,8 +6,6 @@
 
 What root sees of the machine's own network is not touched. Nothing is left behind: every namespace lives as long as its
 first process, and that as long as a pipe which only we hold, so they end with us even if we are killed.
-
-As Debian's installer does it, each host finds its own name at 127.0.1.1 too, a trap that real clusters have.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.hosts.settings import write_settings
 from tests.ranks.launch import CHECKOUT
 
 _HERE = Path(__file__).parent
@@ -204,7 +203,7 @@ def cluster(
 ) -> Iterator[Cluster]:
     """Hosts of these names, that can reach each other over ssh as root, with `folder` and `shared` on all of them."""
     addresses = {name: f"10.77.0.{11 + i}" for i, name in enumerate(names)}
-    _write_settings(folder, addresses)
+    write_settings(folder, addresses)
     kept = {str(Path(path).absolute()) for path in (folder, *shared, CHECKOUT, sys.prefix, sys.base_prefix)}
     with ExitStack() as stack:
         first: dict[str, int] = {}
@@ -236,31 +235,6 @@ def plain_environment() -> dict[str, str]:
 
 def _path() -> str:
     return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-def _write_settings(folder: Path, addresses: Mapping[str, str]) -> None:
-    for key in ("host", "user"):
-        _called(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(folder / f"{key}_key")])
-    shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
-    public = (folder / "host_key.pub").read_text()
-    known = "".join(f"{name} {public}[{name}]:2222 {public}" for name in addresses)
-    (folder / "known_hosts").write_text(known)
-    for name in addresses:
-        etc = folder / f"etc-{name}"
-        (etc / "ssh").mkdir(parents=True)
-        others = "".join(f"{there} {other}\n" for other, there in addresses.items())
-        (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
-        (etc / "shadow").write_text("root:*:19000:0:99999:7:::\nsshd:!:19000::::::\n")
-        (etc / "resolv.conf").write_text("")
-        (etc / "ssh" / "ssh_config").write_text(
-            f"Host *\n    IdentityFile {folder}/user_key\n    UserKnownHostsFile {folder}/known_hosts\n"
-        )
-        (etc / "ssh" / "sshd_config").write_text(
-            f"Port 22\nPort 2222\nHostKey {folder}/host_key\n"
-            f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
-            "PermitRootLogin prohibit-password\nPidFile none\nLogLevel ERROR\n"
-            f"SetEnv PYTHONPATH={CHECKOUT}\n"  # as if hybridpar were installed
-        )
 
 
 @contextmanager
