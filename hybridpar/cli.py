@@ -95,6 +95,8 @@ def run(
         if dry_run:
             click.echo(str(job))
             return
+        if job.placement is not None and job.placement.warning:
+            click.echo(f"hybridpar: {job.placement.warning}", err=True)
         job = checked(job)
     sys.exit(start(job))
 

@@ -19,7 +19,7 @@ from hybridpar.launch.hosts import Host, allocated, expand, parse, read
 from hybridpar.launch.interfaces import shared_networks
 from hybridpar.launch.job import Job, plan
 from hybridpar.launch.pages import Pages
-from hybridpar.launch.placement import place
+from hybridpar.launch.placement import Placement, place
 from hybridpar.launch.wishes import Wishes, setting
 from hybridpar.mesh import Mesh
 
@@ -225,11 +225,35 @@ def test_horovodrun_is_used_on_request(script: Path) -> None:
     assert options in shlex.join(line)
 
 
+@pytest.mark.parametrize(
+    ("version", "launcher", "sentence"),
+    [
+        (
+            "HYDRA build details:\n    Version:                                 4.3.2",
+            "auto",
+            "is that of MPICH .*, and .* Open MPI",
+        ),
+        ("mpirun (Open MPI) 5.0.11", "horovodrun", "horovodrun .* Open MPI 5.0.11 does not know: .*--launcher mpirun"),
+    ],
+)
+def test_another_mpi_is_refused_in_a_sentence(
+    script: Path, tmp_path: Path, version: str, launcher: str, sentence: str
+) -> None:
+    for name in ("mpirun", "horovodrun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{version}'\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises((RuntimeError, ValueError), match=sentence):
+        plan(2, [str(script)], {"PATH": "/usr/bin"}, tmp_path, tmp_path, 2, wishes=Wishes(launcher=launcher))
+
+
 def test_binding_leaves_each_rank_the_cores_of_its_threads() -> None:
-    bound = lines.mpirun("/usr/bin/mpirun", 2, None, Wishes(bind_to="core", threads=4), [], "/")
-    assert shlex.join(bound) == "/usr/bin/mpirun -np 2 --map-by slot:PE=4 --bind-to core"
-    free = lines.mpirun("/usr/bin/mpirun", 2, None, Wishes(), [], "/")
-    assert shlex.join(free) == "/usr/bin/mpirun -np 2 --map-by slot --bind-to none"
+    there, core = Placement((Host("a", 2),)), Wishes(bind_to="core", threads=4)
+    bound = shlex.join(lines.mpirun("/usr/bin/mpirun", 2, there, core, [], "/"))
+    assert bound == "/usr/bin/mpirun -np 2 --map-by slot:PE=4 --bind-to core -H a:2 --wdir /"
+    bound = shlex.join(lines.mpirun("/usr/bin/mpirun", 2, None, core, [], "/"))
+    assert bound == "/usr/bin/mpirun -np 2 --map-by slot:PE=4,OVERSUBSCRIBE --bind-to core"
+    free = shlex.join(lines.mpirun("/usr/bin/mpirun", 2, None, Wishes(), [], "/"))
+    assert free == "/usr/bin/mpirun -np 2 --map-by slot:OVERSUBSCRIBE --bind-to none"
 
 
 @pytest.mark.parametrize(

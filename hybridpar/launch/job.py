@@ -73,12 +73,7 @@ def plan(
         Mesh(data=4, pipeline=1, tensor=2)
     """
     wishes = wishes if wishes is not None else Wishes()
-    inside = [name for name in _INSIDE if environment.get(name)]
-    if inside:
-        raise ValueError(
-            f"this process is itself a rank of a job ({inside[0]}={environment[inside[0]]}), and MPI starts no job "
-            "inside a job: start `hybridpar run` once, from the shell or the batch script"
-        )
+    _check_outside(environment)
     given = allocated(environment)
     hosts = _hosts(wishes, given)
     if ranks is None and hosts is None:
@@ -92,27 +87,41 @@ def plan(
     placement = place(mesh, hosts) if hosts is not None else None
     if placement is not None and is_here([host.name for host in placement.hosts]):
         placement = None
-    told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier}
-    ready = mpi.settings(environment, scripts, prefix)
-    ready.update({name: value for name, value in wishes.sets if value is not None})
-    ready.update({f"HYBRIDPAR_{name}": str(value) for name, value in told.items() if value is not None})
     cores = given.cores if given is not None and given.cores else cores
     local = max(host.slots for host in placement.hosts) if placement else ranks
     threads = wishes.threads or max(1, cores // local)
+    told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier}
+    ready = _environment(mpi.settings(environment, scripts, prefix), told, wishes, placement is not None, threads)
+    if placement is None and ranks > cores:
+        ready.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    reach = _reach(placement, wishes, given, ready)
+    line = _line(ranks, placement, wishes, given, ready, scripts, threads)
+    tag = "tag" if wishes.tag_output else "plain"
+    whole = (*line, sys.executable, "-m", "hybridpar.launch.rank", tag, wishes.output_dir or "", *command)
+    added = {name: value for name, value in ready.items() if environment.get(name) != value}
+    shares = "OMP_NUM_THREADS" not in environment and wishes.threads is None
+    return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares)
+
+
+def _check_outside(environment: Mapping[str, str]) -> None:
+    inside = [name for name in _INSIDE if environment.get(name)]
+    if inside:
+        raise ValueError(
+            f"this process is itself a rank of a job ({inside[0]}={environment[inside[0]]}), and MPI starts no job "
+            "inside a job: start `hybridpar run` once, from the shell or the batch script"
+        )
+
+
+def _environment(
+    ready: dict[str, str], told: Mapping[str, object], wishes: Wishes, several: bool, threads: int
+) -> dict[str, str]:
+    """`ready` with what the user sets, what hp.init() is told, and what is known of the cores and the network."""
+    ready.update({name: value for name, value in wishes.sets if value is not None})
+    ready.update({f"HYBRIDPAR_{name}": str(value) for name, value in told.items() if value is not None})
     if wishes.threads:
         ready["OMP_NUM_THREADS"] = str(threads)
     ready.setdefault("OMP_NUM_THREADS", str(threads))
-    if placement is None and ranks > cores:
-        ready.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
-    for name, value in lines.network(wishes.network_interface, placement is not None).items():
-        ready.setdefault(name, value)
-    reach = _reach(placement, wishes, given, ready)
-    line = _line(ranks, placement, wishes, given, ready, scripts, threads)
-    added = {name: value for name, value in ready.items() if environment.get(name) != value}
-    shares = "OMP_NUM_THREADS" not in environment and wishes.threads is None
-    tag = "tag" if wishes.tag_output else "plain"
-    whole = (*line, sys.executable, "-m", "hybridpar.launch.rank", tag, wishes.output_dir or "", *command)
-    return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares)
+    return {**lines.network(wishes.network_interface, several), **ready}
 
 
 def _hosts(wishes: Wishes, given: Allocation | None) -> tuple[Host, ...] | None:
@@ -162,11 +171,26 @@ def _line(
     for program, path in found.items():
         if path is None:
             raise RuntimeError(f"{program} is missing in {scripts} and on PATH: run `hybridpar install`")
+    _check_mpi(found["mpirun"] or "", launcher, ready)
     if launcher == "horovodrun":
         home = Path(found["mpirun"] or "").parent.parent
         return lines.horovodrun(found[launcher] or "", ranks, placement, wishes, home)
     names = lines.exported(ready, [name for name, _ in wishes.sets])
     return lines.mpirun(found["mpirun"] or "", ranks, placement, wishes, names, os.getcwd())
+
+
+def _check_mpi(program: str, launcher: str, environment: Mapping[str, str]) -> None:
+    """Raise where `program` belongs to an MPI whose options are others than Open MPI's."""
+    vendor, version = mpi.parse(output([program, "--version"], environment) or "")
+    if vendor not in ("Open MPI", mpi.UNKNOWN):
+        raise RuntimeError(
+            f"{program} is that of {vendor} {version}, and Horovod and this launcher work with Open MPI: run "
+            "`hybridpar install`, or start the ranks with that MPI's own mpirun"
+        )
+    if launcher == "horovodrun" and not version.startswith("4."):
+        raise ValueError(
+            f"horovodrun passes options that {vendor} {version} does not know: use --launcher mpirun, or Open MPI 4"
+        )
 
 
 def _offers_pmix(environment: Mapping[str, str]) -> bool:

@@ -69,11 +69,12 @@ def network(interface: str | None, several: bool) -> dict[str, str]:
 def mpirun(
     program: str, ranks: int, placement: Placement | None, wishes: Wishes, names: Sequence[str], folder: str
 ) -> list[str]:
-    """`program` (an Open MPI 4 or 5) and its options; `placement` is None for a job on this host alone.
+    """`program` (of Open MPI 4 or 5) and its options; `placement` is None for a job on this host, where ranks may share
+    cores.
 
     `names` of the environment are passed on to the ranks, which start in `folder`.
     """
-    line = [program, "-np", str(ranks), *_binding(wishes)]
+    line = [program, "-np", str(ranks), *_binding(wishes, shared=placement is None)]
     if placement is not None:
         line += ["-H", str(placement), "--wdir", folder]
         home = Path(program).parent.parent
@@ -120,6 +121,7 @@ def srun(ranks: int, placement: Placement, wishes: Wishes, threads: int) -> list
 _SLURM_BINDINGS = {"core": "cores", "socket": "sockets", "numa": "ldoms"}
 
 
-def _binding(wishes: Wishes) -> list[str]:
+def _binding(wishes: Wishes, shared: bool = False) -> list[str]:
     many = wishes.bind_to == "core" and (wishes.threads or 1) > 1
-    return ["--map-by", f"slot:PE={wishes.threads}" if many else "slot", "--bind-to", wishes.bind_to]
+    how = [f"PE={wishes.threads}"] * many + ["OVERSUBSCRIBE"] * shared
+    return ["--map-by", f"slot:{','.join(how)}" if how else "slot", "--bind-to", wishes.bind_to]
