@@ -121,7 +121,8 @@ def _environment(
     if wishes.threads:
         ready["OMP_NUM_THREADS"] = str(threads)
     ready.setdefault("OMP_NUM_THREADS", str(threads))
-    return {**lines.network(wishes.network_interface, several), **ready}
+    chosen = lines.network(wishes.network_interface) if wishes.network_interface else {}
+    return {**(lines.keepalive() if several else {}), **ready, **chosen}
 
 
 def _hosts(wishes: Wishes, given: Allocation | None) -> tuple[Host, ...] | None:

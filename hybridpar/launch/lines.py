@@ -52,18 +52,15 @@ def exported(environment: Mapping[str, str], wanted: Iterable[str] = ()) -> list
     return sorted(fit | {name for name in wanted if name in environment})
 
 
-def network(interface: str | None, several: bool) -> dict[str, str]:
-    """Settings of MPI, Horovod, NCCL and gloo for the network between hosts."""
-    found = {f"OMPI_MCA_oob_tcp_keepalive_{name}": str(n) for name, n in KEEPALIVE.items()} if several else {}
-    if interface:
-        found |= {
-            "OMPI_MCA_oob_tcp_if_include": interface,
-            "OMPI_MCA_btl_tcp_if_include": interface,
-            "HOROVOD_GLOO_IFACE": interface,
-            "NCCL_SOCKET_IFNAME": interface,
-            "GLOO_SOCKET_IFNAME": interface,
-        }
-    return found
+def keepalive() -> dict[str, str]:
+    """What makes Open MPI's daemons notice a cut link."""
+    return {f"OMPI_MCA_oob_tcp_keepalive_{name}": str(n) for name, n in KEEPALIVE.items()}
+
+
+def network(interface: str) -> dict[str, str]:
+    """What makes MPI, Horovod, NCCL and gloo use this network interface."""
+    names = ["OMPI_MCA_oob_tcp_if_include", "OMPI_MCA_btl_tcp_if_include", "HOROVOD_GLOO_IFACE"]
+    return dict.fromkeys([*names, "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"], interface)
 
 
 def mpirun(
