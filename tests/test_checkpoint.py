@@ -402,6 +402,14 @@ def test_a_checkpoint_of_the_same_name_is_replaced_and_found_again_if_that_was_c
     assert folders.leftovers(path.parent) == [folders.beside(path, "old", "x")], "the empty one is fresh: somebody's?"
 
 
+def test_what_was_killed_just_before_its_rename_is_no_checkpoint(trained: tuple[Training, Path]) -> None:
+    one, path = trained
+    one.step(1)
+    hp.save(path.parent / "later", *one.parts)
+    (path.parent / "later").rename(folders.beside(path.parent / "later", "tmp", "x"))
+    assert folders.complete(path.parent) == [path] and folders.newest(path.parent) == path
+
+
 def test_what_is_being_written_by_a_living_process_is_left_alone(tmp_path: Path) -> None:
     mine = folders.new_token()
     dead = mine.replace(f".{os.getpid()}.", f".{2**22 + 1}.")

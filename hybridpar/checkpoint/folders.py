@@ -67,7 +67,8 @@ def present(path: Path) -> Path | None:
 
 def complete(run: Path) -> list[Path]:
     """The complete checkpoints in the folder `run`, the oldest step first."""
-    found = {path for path in run.glob("*") if path.is_dir() and is_complete(path)}
+    # pathlib's "*" matches .tmp-... too, which may have its manifest already
+    found = {path for path in run.glob("*") if not path.name.startswith(".") and is_complete(path)}
     for old in run.glob(".old-*"):
         name = old.name.removeprefix(".old-").rpartition("-")[0]
         if not is_complete(run / name):
