@@ -44,8 +44,7 @@ LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 SILENT_SECONDS = 300.0  # without a beat
 LINK_SECONDS = 9.0  # without an answer of the other kernel
 _LAUNCHER_SECONDS = 10.0  # that the launcher has to end us when a rank has died or a host is lost
-_DAEMONS = ("mpirun", "mpiexec", "orterun", "orted", "prterun", "prte", "prted")
-_TERM_SECONDS = 3.0  # and then to end after SIGTERM
+_DAEMONS = ("mpirun", "mpiexec", "orterun", "orted", "prte")  # how their names begin
 _ANSWER_SECONDS = 2.0  # of rank 0 to a question
 _RING, _SPEAK = b"r", b"s"  # what a connection is for
 _BEAT, _BYE, _LOST, _YES, _NO = b".", b"b", b"l", b"y", b"n"
@@ -208,12 +207,7 @@ class Watchdog:
         while (left := limit - time.monotonic()) > 0:
             if select.select([self._ear], [], [], left)[0]:
                 self._answer()  # another rank may want to tell the same
-        parent = os.getppid()
-        with suppress(OSError):
-            if Path(f"/proc/{parent}/comm").read_text().strip() in _DAEMONS:
-                os.kill(parent, signal.SIGTERM)
-                time.sleep(_TERM_SECONDS)
-                os.kill(parent, signal.SIGKILL)
+        _kill_daemon(os.getppid())
         os._exit(LOST)
 
     def _tell(self, what: bytes) -> None:
@@ -253,3 +247,19 @@ def _opened(parent: int) -> int | None:
     with suppress(OSError, AttributeError):
         return os.pidfd_open(parent) if parent > 1 else None
     return None
+
+
+def _kill_daemon(parent: int) -> None:
+    """Kill the mpirun or orted that has started us, and what else it has started: ranks, and its ssh to the lost host.
+
+    An orderly end of it would kill us first, and then wait for the lost host for ever.
+    """
+    with suppress(OSError):
+        if not Path(f"/proc/{parent}/comm").read_text().startswith(_DAEMONS):
+            return
+        told = [task.read_text() for task in Path(f"/proc/{parent}/task").glob("*/children")]
+        children = [int(pid) for pid in " ".join(told).split()]
+        for pid in (*children, parent):
+            if pid != os.getpid():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
