@@ -100,6 +100,20 @@ def test_gathered_pieces_may_differ_in_length_along_any_dim(axis: Axis) -> None:
             same(axis.allgather(each[axis.index], dim), torch.cat(each, dim), ("allgather", dtype, dim))
 
 
+@ranks(2, 3)
+def test_a_gather_of_more_than_mpi_counts_goes_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpi4py import MPI
+
+    from hybridpar.wires import mpi
+
+    monkeypatch.setattr(mpi, "_MOST", 12 if MPI.COMM_WORLD.size == 3 else 11)  # of the whole: 24 and 12
+    axis = mpi.MpiAxis(MPI.COMM_WORLD, "everyone")
+    mine = torch.full((axis.index + 1, 4), axis.index)
+    whole = torch.cat([torch.full((i + 1, 4), i) for i in range(axis.size)])
+    assert torch.equal(axis.allgather(mine), whole)
+    assert torch.equal(axis.allgather(mine.T, dim=1), whole.T)
+
+
 @ranks(1, 2, 3)
 def test_each_index_gets_its_balanced_piece_of_a_sum(axis: Axis) -> None:
     for dtype in (*FLOATS, *COMPLEX, *WHOLE):
