@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hybridpar.company import Company
 from hybridpar.global_view import everywhere
 from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
@@ -73,6 +74,7 @@ class ParallelModel:
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
         self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
         self._averages: list[Averaging] = []
+        self._company = Company(world, world.data, in_step)
         self._spans: list[Span] = []
         self._largest = 0
         self.training = True
@@ -135,18 +137,10 @@ class ParallelModel:
         self._agree_on([sum(sizes), len(parts), fingerprint((inputs, targets))])
         self._largest = max(self._largest, sum(sizes))
         weights = [loss.weight(part[1], n) for part, n in parts]
-        # Each replica's samples; all microbatches; all weights.
-        counts = torch.zeros(world.peers.size + 2, dtype=torch.float64)
-        counts[world.peers.index], counts[-2], counts[-1] = sum(sizes), len(parts), sum(weights)
-        world.peers.allreduce(counts)
-        before, weight = int(counts[: world.peers.index].sum()), float(counts[-1])
-        if self._in_step and counts[-2] != len(parts) * world.peers.size:
-            raise ValueError(
-                f"the {world.peers.size} replicas cut their batches into {counts[-2]:.0f} microbatches, this one into "
-                f"{len(parts)}, and a SyncBatchNorm needs the same number from each: use fewer, or drop_last=True"
-            )
+        company = self._company if training else Company(world, world.data, self._in_step)
+        before, weight = company.count(sum(sizes), len(parts), sum(weights))
         losses: list[Tensor] = []
-        scale = world.data.size / weight if weight else 0.0
+        scale = company.size / weight if weight else 0.0
 
         def micro(m: int) -> Micro:
             (mine, wanted), n = parts[m]
@@ -165,7 +159,7 @@ class ParallelModel:
         self._spans = self._executor.run(schedule if training else schedule.evaluation(), micros, readiness)
         speaks = losses and world.tensor.index == 0
         value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
-        return world.everyone.allreduce(value.cpu()).item() / weight if weight else 0.0
+        return company.total(value.cpu()).item() / weight if weight else 0.0
 
     def _agree_on(self, batch: Sequence[float]) -> None:
         """Raise where the ranks of this replica were given different batches: samples, microbatches, fingerprint."""
@@ -231,7 +225,7 @@ class ParallelModel:
 
         It takes the place of an earlier one: two would average the same gradients at the same time.
         """
-        self._averages = [one]
+        self._averages, self._company = [one], Company(self.world, one.company, self._in_step)
 
     def wait(self) -> None:
         """Return when the gradients of the last step are averages over the replicas."""

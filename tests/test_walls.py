@@ -27,6 +27,7 @@ FLOORS = (
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
         + ("launch/hosts", "launch/placement", "launch/wishes", "launch/lines", "launch/interfaces", "launch/pages")
+        + ("optim/sync/wish",)
         + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers"),
         (),
     ),
@@ -34,7 +35,7 @@ FLOORS = (
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
     (
         "parts",
-        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*")
+        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*", "company")
         + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
         + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/optimizers", "checkpoint/saving"),
         ("torch", "safetensors"),

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from hybridpar.shard import Spec
 
 if TYPE_CHECKING:
+    from hybridpar.wires.axis import Axis
     from hybridpar.wires.world import World
 
 Chunks = list[list[tuple[str, Parameter]]]  # per chunk, its parameters in order of registration
@@ -25,7 +26,9 @@ class Reducing(Protocol):
 
 
 class Averaging(Reducing, Protocol):
-    """Something that averages them over the replicas."""
+    """Something that averages them over the replicas of `company`: all of them, unless a sync policy says otherwise."""
+
+    company: Axis
 
     def wait(self) -> None:
         """Return when the gradients are averages; at once if none are on their way."""

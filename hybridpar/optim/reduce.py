@@ -56,6 +56,7 @@ class Reducer:
         compression: Wire | None = None,
         name: str = "gradients",
     ) -> None:
+        self.company = axis
         if axis.size == 1:  # each gradient is the average already: nothing to watch
             chunks = [[] for _ in chunks]
         wire = compression or Compression.none
