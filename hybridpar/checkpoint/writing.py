@@ -29,6 +29,7 @@ from hybridpar.checkpoint.writers import Item
 Files = Mapping[str, Sequence[Item]]  # by file name, the tensors in it
 _AHEAD = 2  # tensors gathered and not yet written
 _POLL_SECONDS = (0.005, 0.25)
+_SENTENCE_BYTES = 1024
 
 
 def write(folder: Path, files: Files, tensors: Iterator[Tensor], goal: Path) -> dict[str, File]:
@@ -108,24 +109,23 @@ def drained(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 
 def begin(folder: Path, rank: int) -> None:
-    """Note that `rank` will write in `folder`."""
-    _note(folder, "writing", rank).touch()
+    """Note that `rank` will write in `folder`, with room for a sentence should the disk be full later."""
+    _note(folder, "writing", rank).write_bytes(b" " * _SENTENCE_BYTES)
 
 
 def leave_receipt(folder: Path, rank: int, written: Mapping[str, File]) -> None:
     """Say that this rank's files are on the disk."""
-    note = _note(folder, "writing", rank)
-    note.write_text(json.dumps({name: asdict(file) for name, file in written.items()}))
-    os.rename(note, _note(folder, "receipt", rank))
+    text = json.dumps({name: asdict(file) for name, file in written.items()})
+    _overwrite(_note(folder, "writing", rank), text)
+    os.rename(_note(folder, "writing", rank), _note(folder, "receipt", rank))
 
 
 def leave_failure(folder: Path, rank: int, sentence: str) -> None:
-    """Say that they will never be, and why if the disk has room for that."""
-    note = _note(folder, "writing", rank)
+    """Say that they will never be, and why."""
     with suppress(OSError):
-        note.write_text(sentence)
+        _overwrite(_note(folder, "writing", rank), sentence)
     with suppress(OSError):
-        os.rename(note, _note(folder, "failed", rank))
+        os.rename(_note(folder, "writing", rank), _note(folder, "failed", rank))
 
 
 def await_receipts(folder: Path, ranks: Sequence[int]) -> dict[str, File]:
@@ -139,14 +139,14 @@ def await_receipts(folder: Path, ranks: Sequence[int]) -> dict[str, File]:
                 written |= {name: File(**file) for name, file in json.loads(receipt.read_text()).items()}
                 waiting.discard(rank)
             elif failure.exists():
-                failed[rank] = failure.read_text()
+                failed[rank] = failure.read_text().strip()
                 waiting.discard(rank)
         if waiting:
             time.sleep(pause)
             pause = min(pause * 1.5, _POLL_SECONDS[1])
     if failed:
         rank = min(failed)
-        raise RuntimeError(failed[rank] or f"rank {rank} could not write its part of the checkpoint {folder}")
+        raise RuntimeError(failed[rank] or f"the checkpoint {folder} could not be written by rank {rank}")
     return written
 
 
@@ -155,6 +155,12 @@ def forget_notes(folder: Path) -> None:
     for kind in ("writing", "receipt", "failed"):
         for note in folder.glob(f".{kind}-*"):
             note.unlink()
+
+
+def _overwrite(note: Path, text: str) -> None:
+    """In place: a full disk has no new room."""
+    with open(note, "r+b") as file:
+        file.write(text.encode().ljust(_SENTENCE_BYTES))
 
 
 def _note(folder: Path, kind: str, rank: int) -> Path:
