@@ -49,6 +49,7 @@ def main() -> None:
 @click.option("--pipeline", type=int, help="Ranks along the pipeline axis.")
 @click.option("--data", type=int, help="Ranks along the data axis; the rest if left out.")
 @click.option("--carrier", type=click.Choice(["mpi", "gloo", "nccl"]), help="What carries tensors between ranks.")
+@click.option("--sync", help="How replicas keep together, as in 'diloco(64)'; overrules the script (docs/sync.md).")
 @click.option("-H", "--hosts", help="Hosts and their slots, as in a:4,b:4; this host alone if left out.")
 @click.option("--hostfile", help="A file with a line `name slots=4` for each host.")
 @click.option("--launcher", type=click.Choice(LAUNCHERS), default="auto", show_default=True, help="What starts ranks.")
@@ -71,6 +72,7 @@ def run(
     pipeline: int | None,
     data: int | None,
     carrier: str | None,
+    sync: str | None,
     sets: tuple[str, ...],
     dry_run: bool,
     script: str,
@@ -90,7 +92,7 @@ def run(
         wishes = Wishes(sets=tuple(setting(one) for one in sets), **options)
         job = plan(
             ranks, [script, *arguments], os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)),
-            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, wishes=wishes,
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, sync=sync, wishes=wishes,
         )  # fmt: skip
         if dry_run:
             click.echo(str(job))

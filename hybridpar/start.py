@@ -4,6 +4,7 @@ The only place that reads what `hybridpar run` (launch/) and the user wrote into
 
     HYBRIDPAR_TENSOR, HYBRIDPAR_PIPELINE, HYBRIDPAR_DATA    degrees; they overrule the script's
     HYBRIDPAR_CARRIER                                       mpi, gloo or nccl, for the tensor and pipeline axes
+    HYBRIDPAR_SYNC                                          the sync policy of the data axis; overrules the script's
     HYBRIDPAR_SYNCHRONOUS_SENDS                             1: sends wait for their receiver (tests)
     HYBRIDPAR_SILENT_SECONDS                                without a sign of life a rank ends the job; 0: never
     HYBRIDPAR_LINK_SECONDS                                  so long the network may be away
@@ -70,6 +71,7 @@ def init(
     world = start_mpi()
     ending.join(world)
     from hybridpar.mesh import Mesh
+    from hybridpar.optim.sync.wish import parse
     from hybridpar.wires.mpi import MpiAxis
     from hybridpar.wires.opening import open_world, stop_earlier_horovod
     from hybridpar.wires.watchdog import LINK_SECONDS, SILENT_SECONDS
@@ -81,12 +83,14 @@ def init(
         "tensor": _told("HYBRIDPAR_TENSOR", tensor),
     }
     _agree(MpiAxis(comm, "everyone").objects({**degrees, "seed": seed, "torch": torch.__version__, **_script()}))
+    sync = os.environ.get("HYBRIDPAR_SYNC") or None
+    parse(sync or "allreduce")  # a wish that cannot be read is told before anything starts
     mesh = Mesh.fit(comm.size, **degrees)
     patience = (_seconds("HYBRIDPAR_SILENT_SECONDS", SILENT_SECONDS), _seconds("HYBRIDPAR_LINK_SECONDS", LINK_SECONDS))
     stop_earlier_horovod(comm)
     torch.manual_seed(seed)
     carrier = os.environ.get("HYBRIDPAR_CARRIER") or carrier or "mpi"
-    opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1")
+    opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1", sync)
     ending.watch(comm, opened.data.ranks, *patience)
     return opened
 

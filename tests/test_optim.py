@@ -90,7 +90,7 @@ def shards() -> Iterator[Any]:
 
 @pytest.fixture
 def alone() -> Any:
-    return SimpleNamespace(data=Alone("data"), tensor=Alone("tensor"), replica=Alone("replica"))
+    return SimpleNamespace(data=Alone("data"), tensor=Alone("tensor"), replica=Alone("replica"), sync=None)
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -18,6 +18,7 @@ from hybridpar.launch.hosts import Allocation, Host, allocated, parse, read_file
 from hybridpar.launch.placement import Placement, place
 from hybridpar.launch.wishes import Wishes
 from hybridpar.mesh import Mesh
+from hybridpar.optim.sync import wish
 
 _NO_SHELL = "false"  # as mpi.settings writes it where there is no ssh
 _INSIDE = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK")
@@ -58,12 +59,13 @@ def plan(
     pipeline: int | None = None,
     data: int | None = None,
     carrier: str | None = None,
+    sync: str | None = None,
     wishes: Wishes | None = None,
 ) -> Job:
     """How `command` (a Python script and its arguments) is started on `ranks` ranks.
 
-    `scripts` and `prefix` are those of the environment that holds Horovod; degrees and carrier that are None are left
-    to the script. `ranks` that are None are as many as the hosts have slots.
+    `scripts` and `prefix` are those of the environment that holds Horovod; degrees, carrier and sync that are None are
+    left to the script. `ranks` that are None are as many as the hosts have slots.
 
     Raises ValueError where the degrees do not fit the ranks, the ranks the hosts, or the script is not there;
     RuntimeError where Horovod or MPI is not installed.
@@ -90,7 +92,9 @@ def plan(
     cores = given.cores if given is not None and given.cores else cores
     local = max(host.slots for host in placement.hosts) if placement else ranks
     threads = wishes.threads or max(1, cores // local)
-    told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier}
+    if sync is not None:
+        wish.parse(sync)  # what cannot be read is told here, once
+    told = {"TENSOR": tensor, "PIPELINE": pipeline, "DATA": data, "CARRIER": carrier, "SYNC": sync}
     ready = _environment(mpi.settings(environment, scripts, prefix), told, wishes, placement is not None, threads)
     if placement is None and ranks > cores:
         ready.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")

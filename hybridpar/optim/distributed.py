@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from hybridpar.optim.clip import clip_grad_norm_
-from hybridpar.optim.compression import Wire
+from hybridpar.optim.compression import Compression, Wire
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
+from hybridpar.optim.sync.policy import Policy, policy
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
     """Wraps `optimizer` for `model`: averages gradients over the replicas before each step.
 
     `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
-    is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given.
+    is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given. `sync` is
+    how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
     in `step(closure)`: a closure's gradients would never be averaged.
@@ -47,13 +49,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         compression: Wire | None = None,
         clip: float | None = None,
         bucket_bytes: int | None = None,
+        sync: str | None = None,
     ) -> None:
         _check(optimizer, compression, clip)
         self.inner, self.clip, self.norm = optimizer, clip, None
         self._model = model
+        self._policy = policy(sync, model, compression or Compression.none)
         self._check_parameters(optimizer.param_groups)
         self._check_complete()
-        self._reducer = Reducer(model.world.data, model.chunks(), bucket_bytes, compression)
+        self._reducer = Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
         model.attach(self._reducer)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -66,7 +70,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.synchronize()
         if self.clip is not None:
             self.norm = clip_grad_norm_(self._model, self.clip)
+        self._policy.before()
         self.inner.step()
+        self._policy.after()
 
     def synchronize(self) -> None:
         """Return when all `p.grad` are averages, ready to be looked at or changed; `step` then need not wait."""
@@ -78,6 +84,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._reducer.pending:
             raise ValueError("skip_synchronize() with gradients still on their way: call synchronize() before it")
         yield
+
+    @property
+    def policy(self) -> Policy:
+        """How the replicas keep together."""
+        return self._policy
+
+    def meet(self) -> None:
+        """Make all replicas hold the same weights, as before an evaluation; all ranks call it together.
+
+        Under "allreduce" they always do. Where a round is under way it ends here.
+        """
+        self.synchronize()
+        self._policy.meet()
 
     def share_overflow(self) -> None:
         """Make a gradient that is not finite on one rank of the replica known to all, for a `GradScaler`.
@@ -91,7 +110,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.synchronize()
         grads = [p.grad for group in self.inner.param_groups for p in group["params"] if p.grad is not None]
         bad = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in grads) else 1.0])
-        if self._model.world.replica.notes.allreduce(bad, "max")[0] and grads:
+        world = self._model.world
+        # Replicas that do not average their gradients would skip different steps, and their rounds would not match.
+        ranks = world.replica if self._policy.company.size == world.data.size else world.everyone
+        if ranks.notes.allreduce(bad, "max")[0] and grads:
             grads[0].fill_(torch.inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

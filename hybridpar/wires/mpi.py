@@ -69,6 +69,7 @@ class MpiAxis(Axis):
         self._comm, self.name = comm, name
         self.index, self.size = comm.rank, comm.size
         self.ranks = tuple(ranks) or tuple(range(comm.size))
+        self._synchronous = synchronous
         self._isend = comm.Issend if synchronous else comm.Isend
         self._direct = cuda_aware()
 
@@ -149,6 +150,11 @@ class MpiAxis(Axis):
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    def part(self, name: str, colour: int) -> MpiAxis:
+        """An axis of those that give the same `colour`, in order of their index here; all ranks together."""
+        members = [rank for rank, theirs in zip(self.ranks, self._lengths(colour)) if theirs == colour]
+        return MpiAxis(self._comm.Split(colour, self.index), name, members, self._synchronous)
 
     def free(self) -> None:
         """Give the communicator back; all ranks of the axis together."""

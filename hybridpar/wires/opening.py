@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 
 
 def open_world(
-    comm: MPI.Intracomm, mesh: Mesh, seed: int = 0, carrier: str = "mpi", synchronous: bool = False
+    comm: MPI.Intracomm,
+    mesh: Mesh,
+    seed: int = 0,
+    carrier: str = "mpi",
+    synchronous: bool = False,
+    sync: str | None = None,
 ) -> World:
     """Lay the ranks of `comm` out as `mesh` and connect them.
 
     `carrier` of the tensor and pipeline axes: "mpi", "gloo", "nccl". `synchronous` sends wait for their receiver.
+    `sync` is the policy of the data axis that optimizers will follow, if the command line has one.
     """
     from hybridpar.wires import hvd
 
@@ -55,7 +61,8 @@ def open_world(
     _start_horovod(data_comm)
     closing.append(lambda: _stop_horovod(comm))
     data = Alone("data", comm.rank) if mesh.data == 1 else hvd.HorovodAxis("data", peers.ranks, peers)
-    return World(mesh, comm.rank, seed, everyone, replica, data, peers, device=device, _closing=closing, **axes)
+    axes |= {"everyone": everyone, "replica": replica, "data": data, "peers": peers}
+    return World(mesh, comm.rank, seed, device=device, sync=sync, _closing=closing, **axes)
 
 
 def _start_horovod(comm: MPI.Intracomm) -> None:

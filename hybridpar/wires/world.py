@@ -38,12 +38,17 @@ class World:
     pipeline: Axis
     tensor: Axis
     device: torch.device
+    sync: str | None = None  # the policy of the data axis that the command line asks for
     _closing: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
     def place(self) -> Place:
         """This rank's indices along the axes."""
         return self.mesh.place(self.rank)
+
+    def on_close(self, free: Callable[[], None]) -> None:
+        """Call `free` when the world closes, before what is there now is given back."""
+        self._closing.append(free)
 
     def close(self) -> None:
         """Stop Horovod and give the communicators back; all ranks together. `hp.init` may then be called anew."""

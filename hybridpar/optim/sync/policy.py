@@ -1,0 +1,86 @@
+"""How replicas keep together: what a sync policy offers, and which one a wish is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from hybridpar.optim.compression import Wire
+from hybridpar.optim.model import Parallel
+from hybridpar.optim.sync.elastic import Elastic
+from hybridpar.optim.sync.rounds import Rounds
+from hybridpar.optim.sync.wish import AllReduce, DiLoCo, Easgd, LocalSgd, parse
+from hybridpar.wires.axis import Axis
+from hybridpar.wires.parting import neighbours
+
+
+class Policy(Protocol):
+    """What happens between the replicas around each step of the user's optimizer.
+
+    `company` are the replicas that average their gradients in every step.
+    """
+
+    company: Axis
+
+    @property
+    def apart(self) -> str | None:
+        """Why replicas may hold different weights now, or None."""
+
+    def before(self) -> None:
+        """The user's optimizer is about to step."""
+
+    def after(self) -> None:
+        """It has stepped."""
+
+    def meet(self) -> None:
+        """Make all replicas hold the same weights; all call it together."""
+
+    def state(self) -> Mapping[Parameter, Mapping[str, Tensor]]:
+        """What a checkpoint must keep for each parameter, alike on all replicas; asked when they are not apart."""
+
+    def restore(self, kept: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        """Go on from the weights as they are now, with what was kept."""
+
+
+class Together:
+    """Gradients averaged over all replicas in every step: nothing is left to do."""
+
+    def __init__(self, model: Parallel) -> None:
+        self.company: Axis = model.world.data
+
+    @property
+    def apart(self) -> str | None:
+        return None
+
+    def before(self) -> None:
+        return None
+
+    def after(self) -> None:
+        return None
+
+    def meet(self) -> None:
+        return None
+
+    def state(self) -> Mapping[Parameter, Mapping[str, Tensor]]:
+        return {}
+
+    def restore(self, kept: Mapping[Parameter, Mapping[str, Any]]) -> None:
+        return None
+
+
+def policy(asked: str | None, model: Parallel, wire: Wire) -> Policy:
+    """The policy that `hybridpar run --sync` asks for, or else `asked`; `wire` is how weights travel."""
+    world = model.world
+    wish = parse(world.sync or asked or "allreduce")
+    if isinstance(wish, AllReduce):
+        return Together(model)
+    if isinstance(wish, LocalSgd):
+        wish = DiLoCo(wish.steps, lr=1.0, momentum=0.0)
+    if isinstance(wish, DiLoCo):
+        company, between = neighbours(world, wish.inside)
+        return Rounds(model, company, between, wish, wire)
+    assert isinstance(wish, Easgd)
+    return Elastic(model, world.data, wish, wire)
