@@ -30,6 +30,7 @@ from hybridpar.skeleton.stage import SkeletonStage
 from hybridpar.split import Chain, Stage
 from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
+from hybridpar.tensor.recompute import recomputed
 from hybridpar.tensor.recurrent import unstacked
 from hybridpar.tensor.synced import synchronise
 from hybridpar.tensor.uncompiled import check, leave_out
@@ -55,6 +56,7 @@ def parallelize(
     sequence: bool = False,
     weights: Weights | None = None,
     init: Init | None = None,
+    recompute: str | Sequence[str] | None = None,
 ) -> ParallelModel:
     """Spread `module`, built alike on every rank, over the mesh.
 
@@ -64,6 +66,8 @@ def parallelize(
     default to the module's attributes `tensor_plan` and `chain`. Stages are balanced over `costs` (one number per part
     of the chain), or over seconds measured on `example` inputs, or over an estimate; `stages` gives the number of parts
     in each stage instead. `sequence` also cuts what lies between the cut layers, along the tokens.
+    `recompute` names modules that keep their inputs only until the backward pass: "full" (every block), a pattern such
+    as "blocks.*.mlp", or several (docs/recompute.md).
 
     A module built under `torch.device("meta")` is given its values here, each rank its own shards only: `weights` is a
     seed, a state dict, or the path of safetensors (a file, a folder or an index), or (one of these, a seed for what it
@@ -94,6 +98,7 @@ def parallelize(
     applied = apply(module, plan, mesh.tensor, draw, sequence)
     synced = synchronise(module, mesh.peers)
     leave_out(module)
+    again = recomputed(module, recompute, len(homes))
     all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
@@ -112,7 +117,7 @@ def parallelize(
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
-        report=_report(all_stages, homes, spent, bounds, applied, mesh),
+        report=_report(all_stages, homes, spent, bounds, applied, mesh, again),
         in_step=synced > 0,
     )
     listener().parallelized(model)
@@ -254,6 +259,7 @@ def _report(
     bounds: Sequence[int],
     applied: Applied,
     mesh: World,
+    again: Sequence[str],
 ) -> str:
     """How the model was cut, in words."""
     total = sum(costs)
@@ -266,4 +272,6 @@ def _report(
         lines.append(f"{place}: {names}; {numbers:,} parameters per rank, {share:.0%} of the cost")
     if mesh.tensor.size > 1:
         lines += [f"  whole on each tensor rank: {name} ({reason})" for name, reason in applied.replicated]
+    if again:
+        lines.append(f"  recomputed in the backward pass: {', '.join(again)}")
     return "\n".join(lines)

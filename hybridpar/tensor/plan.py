@@ -158,7 +158,7 @@ def _match(plan: Mapping[str, str], names: list[str], everything: bool) -> dict[
     for pattern, style in plan.items():
         if style not in STYLES:
             raise ValueError(f'tensor plan: "{pattern}" has the style "{style}"; the styles are {", ".join(STYLES)}')
-        found = [name for name in names if _fits(pattern, name)]
+        found = [name for name in names if fits(pattern, name)]
         if everything and not found:
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[1:4]
             raise ValueError(f'tensor plan: "{pattern}" matches no module; the nearest are {", ".join(near)}')
@@ -167,7 +167,7 @@ def _match(plan: Mapping[str, str], names: list[str], everything: bool) -> dict[
     return {name: styles[name] for name in names if name in styles}
 
 
-def _fits(pattern: str, name: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
     parts, components = pattern.split("."), name.split(".")
     return len(parts) == len(components) and all(map(fnmatchcase, components, parts))
 
