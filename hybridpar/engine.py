@@ -227,6 +227,11 @@ class ParallelModel:
         """
         self._averages, self._company = [one], Company(self.world, one.company, self._in_step)
 
+    @property
+    def on_their_own(self) -> bool:
+        """Whether replicas train for themselves under a sync policy, so that their weights may differ."""
+        return self._company.size != self.world.data.size
+
     def wait(self) -> None:
         """Return when the gradients of the last step are averages over the replicas."""
         for one in self._averages:

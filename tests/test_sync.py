@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import hybridpar as hp
 from hybridpar.mesh import Mesh
+from hybridpar.optim.sync.rounds import Rounds
 from hybridpar.optim.sync.wish import AllReduce, AsyncPs, DiLoCo, Easgd, LocalSgd, parse
 from tests.models import gpt, layers, mine, numbers, tokens
 from tests.ranks import ranks
@@ -239,3 +241,60 @@ def test_elastic_averaging_is_that_of_a_plain_simulation() -> None:
     simulated.set([centre, centre])
     same(model, simulated.modules[0])
     mesh.close()
+
+
+# ---- checkpoints
+
+
+def opened_training(mesh: hp.World, sync: str, seed: int) -> tuple[hp.ParallelModel, hp.DistributedOptimizer]:
+    torch.manual_seed(seed)
+    model = hp.parallelize(layers(6, 8, 3).double(), mesh, nn.MSELoss())
+    return model, hp.DistributedOptimizer(adamw(model.parameters(), lr=1e-2), model, sync=sync)
+
+
+def go_on(model: hp.ParallelModel, optimizer: hp.DistributedOptimizer, steps: int) -> list[Tensor]:
+    for step in range(model.steps, model.steps + steps):
+        model.train_step(tuple(mine(x, model.world.data) for x in mlp_batches(step + 1)[-1]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@ranks(2)
+@pytest.mark.parametrize("sync", ["diloco(2)", "easgd(2)"])
+def test_a_checkpoint_goes_on_exactly_and_is_refused_where_replicas_are_apart(sync: str, tmp_path: Path) -> None:
+    mesh = opened(Mesh(data=2))
+    one, other = opened_training(mesh, sync, 1), opened_training(mesh, sync, 2)
+    go_on(*one, 3)
+    with pytest.raises(ValueError, match=r"different weights now, since .*: call optimizer.meet\(\)"):
+        hp.save(tmp_path / "x", *one)
+    with pytest.raises(ValueError, match="replicas 0 and 1 hold different weights now"):
+        hp.save(tmp_path / "x", one[0])
+    one[1].meet()
+    hp.save(tmp_path / "x", *one)
+    hp.load(tmp_path / "x", *other)
+    for mine_, theirs in zip(go_on(*one, 3), go_on(*other, 3)):
+        assert torch.equal(mine_, theirs)
+    averaging = opened_training(mesh, "allreduce", 3)
+    hp.load(tmp_path / "x", *averaging)  # into another policy: the states are then the first replica's on all
+    for p in go_on(*averaging, 2):
+        both = mesh.peers.allgather(p.flatten()).chunk(2)
+        assert torch.equal(*both)
+    mesh.close()
+    mesh = opened(Mesh(pipeline=2))
+    fewer = opened_training(mesh, sync, 4)
+    hp.load(tmp_path / "x", *fewer)
+    go_on(*fewer, 2)
+    mesh.close()
+
+
+@ranks(2)
+def test_the_command_line_overrules_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDPAR_SYNC", "local_sgd(5)")
+    mesh = hp.init()
+    _, optimizer = opened_training(mesh, "allreduce", 1)
+    assert isinstance(optimizer.policy, Rounds)
+    mesh.close()
+    monkeypatch.setenv("HYBRIDPAR_SYNC", "local(5)")
+    with pytest.raises(ValueError, match="there is no policy 'local'"):
+        hp.init()

@@ -37,7 +37,7 @@ FLOORS = (
         "parts",
         ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*", "company")
         + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
-        + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/optimizers", "checkpoint/saving"),
+        + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/replicas", "checkpoint/optimizers", "checkpoint/saving"),
         ("torch", "safetensors"),
     ),
     (

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from hybridpar.checkpoint import optimizers, randomness
+from hybridpar.checkpoint import optimizers, randomness, replicas
 from hybridpar.checkpoint.agreement import together
 from hybridpar.checkpoint.gathering import Held
 from hybridpar.checkpoint.manifest import File, Manifest
 from hybridpar.checkpoint.optimizers import Described
 from hybridpar.checkpoint.parts import Parts
+from hybridpar.checkpoint.replicas import replica_kind
 from hybridpar.checkpoint.stream import dtype_name, raw
 from hybridpar.checkpoint.writers import Item, assign, in_order, stored
 from hybridpar.engine import ParallelModel
@@ -27,7 +28,8 @@ class _Told:
 
     goal: str
     items: list[Item]
-    buffers: dict[str, int]  # a sum of each buffer here: replicas may differ in them
+    own: dict[tuple[str, str], int]  # a sum of each buffer or state here: replicas may differ in them
+    weights: int  # a sum of all, where replicas train for themselves
     optimizers: list[tuple[str, Described]]  # without tensors
     random: str
 
@@ -61,7 +63,7 @@ class Inventory:
 
     def held(self, item: Item) -> Held:
         """This rank's shard of `item`."""
-        kind = "model" if item.replica is not None else item.kind
+        kind = replicas.kind_of(item.kind)
         if (kind, item.name) in self._mine:
             return self._mine[kind, item.name]
         spec = self._specs[item.name.rpartition("/")[0]]
@@ -87,6 +89,7 @@ def inventory(given: Parts, rest: Mapping[str, Any], step: int | None, goal: str
     """Ask all ranks what they have. Raises ValueError, on all, for what cannot be kept."""
     mine: dict[tuple[str, str], Held] = {}
     told = together(given.model.world.everyone, lambda: _tell(given, mine, goal))
+    replicas.check_alike([one.weights for one in told], given.model.world.mesh)
     for rank, one in enumerate(told):
         if one.goal != told[0].goal:
             raise ValueError(f"rank {rank} saves to {one.goal} and rank 0 to {told[0].goal}: give all the same path")
@@ -102,18 +105,22 @@ def _tell(given: Parts, mine: dict[tuple[str, str], Held], goal: str) -> _Told:
     world, unsplit = given.model.world, given.model._unsplit
     homes, here = unsplit.homes, unsplit.mine()
     mine |= {("model", name): held for name, held in here.items() if homes.get(name) == world.place.pipeline}
-    described = []
+    described, own = [], {("model", name) for name in unsplit.buffers if ("model", name) in mine}
     for number, optimizer in enumerate(given.optimizers):
+        kind = optimizer_kind(number)
         one = optimizers.describe(optimizer, given.model.named_parameters(), unsplit.specs)
-        mine |= {(optimizer_kind(number), name): held for name, held in one.tensors.items()}
+        several = replicas.kept(optimizer, given.model.named_parameters(), unsplit.specs)
+        mine |= {(kind, name): held for name, held in {**one.tensors, **several}.items()}
+        own |= {(kind, name) for name in one.tensors if replicas.on_their_own(optimizer)}
         described.append((type(optimizers.inner(optimizer)).__name__, Described({}, one.values, one.groups)))
     items = [
         Item(kind, name, spec.shape, dtype_name(x.dtype, name), world.place.pipeline)
         for (kind, name), (x, spec) in mine.items()
         if world.place.data == 0
     ]
-    buffers = {name: zlib.crc32(raw(mine["model", name][0])) for name in unsplit.buffers if ("model", name) in mine}
-    return _Told(goal, items, buffers, described, randomness.state(world.device))
+    weights = replicas.told(p for _, p in given.model.named_parameters()) if given.model.on_their_own else 0
+    sums = {key: zlib.crc32(raw(mine[key][0])) for key in own}
+    return _Told(goal, items, sums, weights, described, randomness.state(world.device))
 
 
 def optimizer_kind(number: int) -> str:
@@ -121,23 +128,18 @@ def optimizer_kind(number: int) -> str:
     return "optimizer" if number == 0 else f"optimizer.{number}"
 
 
-def replica_kind(replica: int) -> str:
-    """The kind of buffers that replica has of its own."""
-    return f"replica.{replica}"
-
-
 def _of_replicas(several: Mapping[tuple[str, str], Item], told: Sequence[_Told], model: ParallelModel) -> list[Item]:
-    """Buffers of later replicas that differ from the first one's, such as running statistics; and those of the first,
-    which only its own ranks can write then."""
+    """What later replicas have otherwise than the first one, such as running statistics; and that of the first, which
+    only its own ranks can write then."""
     mesh, found = model.world.mesh, {}
     for rank, one in enumerate(told):
         place = mesh.place(rank)
-        first = told[mesh.rank(0, place.pipeline, place.tensor)].buffers
-        for name, value in one.buffers.items():
-            if first[name] != value:
-                item = several["model", name]
-                for kind, replica in (("model", 0), (replica_kind(place.data), place.data)):
-                    found[kind, name] = Item(kind, name, item.shape, item.dtype, item.pipeline, replica)
+        first = told[mesh.rank(0, place.pipeline, place.tensor)].own
+        for (kind, name), value in one.own.items():
+            if first.get((kind, name)) != value and (kind, name) in several:
+                item = several[kind, name]
+                for which, replica in ((kind, 0), (replica_kind(place.data, kind), place.data)):
+                    found[which, name] = Item(which, name, item.shape, item.dtype, item.pipeline, replica)
     return list(found.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from hybridpar.checkpoint import manifest, optimizers, randomness
 from hybridpar.checkpoint.agreement import together
 from hybridpar.checkpoint.folders import newest
-from hybridpar.checkpoint.inventory import optimizer_kind, replica_kind
+from hybridpar.checkpoint.inventory import optimizer_kind
 from hybridpar.checkpoint.manifest import Manifest, Stored
 from hybridpar.checkpoint.parts import Parts
 from hybridpar.checkpoint.plain import from_plain
+from hybridpar.checkpoint.replicas import on_their_own, replica_kind
 from hybridpar.checkpoint.save import settle
 from hybridpar.fill.source import Files
 from hybridpar.mesh import Mesh
@@ -172,7 +174,12 @@ class _Loading:
                 spec = specs[name]
                 wanted[key] = (key, spec if one.shape == spec.shape else Spec(key, one.shape))
         found: dict[str, dict[str, Tensor]] = {}
-        for key, part in self._parts(kind, wanted):
+        own_kind = replica_kind(self._world.place.data, kind)
+        parts = self._parts(kind, wanted)
+        if on_their_own(optimizer) and Mesh(**self.told.layout).data == self._world.mesh.data:
+            mine = {key: wanted[key] for key in self.told.tensors.get(own_kind, {}) if key in wanted}
+            parts = chain(parts, self._parts(own_kind, mine))  # what this replica has of its own comes last
+        for key, part in parts:
             name, _, own = key.rpartition("/")
             p, group = parameters[name]
             as_parameter = stored[key].dtype == model[self._stored_name(name)].dtype and own != "step"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridpar.checkpoint import replicas
 from hybridpar.checkpoint.manifest import Stored
 from hybridpar.checkpoint.plain import from_plain, to_plain
 from hybridpar.optim.distributed import DistributedOptimizer
@@ -145,19 +146,19 @@ def restore(
     tensors: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Give `optimizer` its saved options and states; `tensors` are this rank's, by parameter and key."""
-    optimizer = inner(optimizer)
+    given, optimizer = optimizer, inner(optimizer)
     for group, told in zip(optimizer.param_groups, saved["groups"]):
         for key, value in from_plain(told["options"]).items():
             if isinstance(group.get(key), Tensor):
                 group[key].copy_(torch.as_tensor(value))  # others may hold this tensor, as a graph of CUDA does
             else:
                 group[key] = value
-        for p in group["params"]:
-            name = names[id(p)]
-            state = {**from_plain(saved["values"].get(name, {})), **tensors.get(name, {})}
-            optimizer.state.pop(p, None)
-            if state:
-                optimizer.state[p] = state
+    parameters = {p: names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+    states = {p: {**from_plain(saved["values"].get(n, {})), **tensors.get(n, {})} for p, n in parameters.items()}
+    for p, state in replicas.given_back(given, states).items():
+        optimizer.state.pop(p, None)
+        if state:
+            optimizer.state[p] = state
 
 
 def _group(group: Mapping[str, Any], names: Mapping[int, str], number: int) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Elastic:
         >>> DistributedOptimizer(sgd, model, sync="easgd(8)")       # doctest: +SKIP
     """
 
+    own_states = True
+
     def __init__(self, model: Parallel, between: Axis, wish: Easgd, wire: Wire) -> None:
         self.company: Axis = Alone("company", model.world.rank)
         self._between, self._wish, self._wire = between, wish, wire

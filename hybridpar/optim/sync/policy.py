@@ -20,10 +20,12 @@ from hybridpar.wires.parting import neighbours
 class Policy(Protocol):
     """What happens between the replicas around each step of the user's optimizer.
 
-    `company` are the replicas that average their gradients in every step.
+    `company` are the replicas that average their gradients in every step. `own_states`: whether the states of the
+    user's optimizer may differ between replicas.
     """
 
     company: Axis
+    own_states: bool
 
     @property
     def apart(self) -> str | None:
@@ -47,6 +49,8 @@ class Policy(Protocol):
 
 class Together:
     """Gradients averaged over all replicas in every step: nothing is left to do."""
+
+    own_states = False
 
     def __init__(self, model: Parallel) -> None:
         self.company: Axis = model.world.data

@@ -37,6 +37,8 @@ class Rounds:
         >>> DistributedOptimizer(adamw, model, sync="diloco(64, delay=8)")      # doctest: +SKIP
     """
 
+    own_states = True
+
     def __init__(self, model: Parallel, company: Axis, between: Axis, wish: DiLoCo, wire: Wire) -> None:
         self.company, self._between, self._wish, self._wire = company, between, wish, wire
         self._weights = Weights(model)
