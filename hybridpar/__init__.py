@@ -28,6 +28,7 @@ _HOMES = {
     "ParallelModel": "hybridpar.engine",
     "Skip": "hybridpar.pipeline.skip",
     "Spec": "hybridpar.shard",
+    "Watch": "hybridpar.watch.watch",
     "World": "hybridpar.wires.world",
     "clip_grad_norm_": "hybridpar.optim.clip",
     "init": "hybridpar.start",

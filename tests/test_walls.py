@@ -28,16 +28,20 @@ FLOORS = (
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
         + ("launch/hosts", "launch/placement", "launch/wishes", "launch/lines", "launch/interfaces", "launch/pages")
         + ("optim/sync/wish",)
-        + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers"),
+        + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers")
+        + ("watch/metrics", "watch/writers"),
         (),
     ),
     ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
     (
         "parts",
-        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*", "company")
+        ("tensor/*", "pipeline/executor", "pipeline/ties", "optim/*", "loss", "global_view", "data", "fill/*")
+        + ("company",)
         + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
-        + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/replicas", "checkpoint/optimizers", "checkpoint/saving"),
+        + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/replicas")
+        + ("checkpoint/optimizers", "checkpoint/saving")
+        + ("watch/traffic", "watch/finite", "watch/drift", "watch/work", "watch/norm"),
         ("torch", "safetensors"),
     ),
     (
@@ -45,8 +49,9 @@ FLOORS = (
         ("assemble", "engine", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
         + ("checkpoint/parts", "checkpoint/inventory", "checkpoint/commit", "checkpoint/save", "checkpoint/load")
         + ("checkpoint/runs", "checkpoint/look", "checkpoint/export")
-        + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank"),
-        ("torch",),
+        + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank")
+        + ("watch/watch", "watch/together", "watch/progress"),
+        ("torch", "rich"),
     ),
     (
         "shell",
