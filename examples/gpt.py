@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
 from text import Text, Windows, standard_library
-from tqdm import tqdm
 
 import hybridpar as hp
 from hybridpar.models.gpt import GPT
@@ -83,20 +81,19 @@ def main() -> None:
         print(f"text: {text.megabytes:.1f} MB, {len(text.train):,} tokens, {len(text.validation):,} held back")
 
     loss = math.nan
-    often = 1 if sys.stderr.isatty() else 5
-    bar = tqdm(total=args.steps, initial=done, disable=not first, mininterval=often, unit="step", ncols=110)
     began = time.perf_counter()
-    for step, batch in zip(range(done + 1, args.steps + 1), endless(training)):
-        loss = model.train_step(batch, microbatches=args.microbatches)
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-        if args.save and step % args.save == 0:
-            checkpoints.save(*parts, metrics={"loss": loss})
-        speed = (step - done) * args.batch * args.context / (time.perf_counter() - began)
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-    bar.close()
+    tensorboard = args.folder / "tensorboard"
+    with hp.Watch(
+        model, optimizer, total=args.steps, every=5, jsonl=args.folder / "metrics.jsonl", tensorboard=tensorboard
+    ) as watch:
+        for step, batch in zip(range(done + 1, args.steps + 1), endless(training)):
+            loss = model.train_step(batch, microbatches=args.microbatches)
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.step(loss, batch, lr=rate.get_last_lr()[0])
+            rate.step()
+            if args.save and step % args.save == 0:
+                checkpoints.save(*parts, metrics={"loss": loss})
     seconds, measured = time.perf_counter() - began, model.trace()
 
     losses = [model.eval_step(b, args.microbatches) for b, _ in zip(validation, range(20))]

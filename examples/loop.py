@@ -1,25 +1,20 @@
-"""What the training loops of the examples share: batches for ever beside a line of progress, and a learning rate."""
+"""What the training loops of the examples share: batches for ever, and a learning rate."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import hybridpar as hp
 
 
-def steps(loader: hp.DataLoader, count: int, mesh: Any) -> Iterator[tuple[Any, tqdm]]:
-    """`count` batches, epoch after epoch, and with each the line of progress that the first rank shows."""
-    often = 1 if sys.stderr.isatty() else 5
-    with tqdm(total=count, disable=mesh.rank != 0, mininterval=often, unit="step", ncols=110) as line:
-        for _, batch in zip(range(count), _endless(loader)):
-            yield batch, line
-            line.update()
+def steps(loader: hp.DataLoader, count: int) -> Iterator[Any]:
+    """`count` batches, epoch after epoch."""
+    for _, batch in zip(range(count), _endless(loader)):
+        yield batch
 
 
 def _endless(loader: hp.DataLoader) -> Iterator[Any]:

@@ -90,12 +90,13 @@ def main() -> None:
         print(model.report)
 
     began = time.perf_counter()
-    for batch, line in steps(loader, args.steps, mesh):
-        loss = model.train_step(batch, args.microbatches)
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-        line.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    with hp.Watch(model, optimizer, total=args.steps, every=5) as watch:
+        for batch in steps(loader, args.steps):
+            loss = model.train_step(batch, args.microbatches)
+            optimizer.step()
+            optimizer.zero_grad()
+            rate.step()
+            watch.step(loss, batch)
     seconds = time.perf_counter() - began
 
     held_back = Ellipsoids(0, 40, args.side)
