@@ -95,12 +95,13 @@ def main() -> None:
         print(f"text: {text.megabytes:.1f} MB, {len(text.train):,} tokens, {len(text.validation):,} held back")
 
     began = time.perf_counter()
-    for batch, line in steps(training, args.steps, mesh):
-        loss = model.train_step(batch, args.microbatches)
-        optimizer.step()
-        optimizer.zero_grad()
-        rate.step()
-        line.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    with hp.Watch(model, optimizer, total=args.steps, every=5) as watch:
+        for batch in steps(training, args.steps):
+            loss = model.train_step(batch, args.microbatches)
+            optimizer.step()
+            optimizer.zero_grad()
+            rate.step()
+            watch.step(loss, batch)
     seconds = time.perf_counter() - began
 
     batches = [batch for batch, _ in zip(validation, range(20))]
