@@ -12,6 +12,7 @@ The only place that reads what `hybridpar run` (launch/) and the user wrote into
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import sys
@@ -91,7 +92,9 @@ def init(
     torch.manual_seed(seed)
     carrier = os.environ.get("HYBRIDPAR_CARRIER") or carrier or "mpi"
     opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1", sync)
+    atexit.register(opened.leave)  # after the ending has waited for all ranks: exit functions run last in, first out
     ending.watch(comm, opened.data.ranks, *patience)
+    atexit.register(opened.rest)
     return opened
 
 

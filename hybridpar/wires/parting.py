@@ -41,6 +41,11 @@ def neighbours(world: World, inside: int | str = 1) -> tuple[Axis, Axis]:
     return _part(world, "near", group), _part(world, "between", place)
 
 
+def separate(world: World, name: str) -> Axis:
+    """The data axis once more, for messages of a thread that no other can take. All ranks call it together."""
+    return world.peers if isinstance(world.peers, Alone) else _part(world, name, 0)
+
+
 def _part(world: World, name: str, colour: int) -> Axis:
     axis = world.peers
     assert isinstance(axis, MpiAxis), "several replicas are ranks of an MPI communicator"

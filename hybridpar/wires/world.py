@@ -39,6 +39,7 @@ class World:
     tensor: Axis
     device: torch.device
     sync: str | None = None  # the policy of the data axis that the command line asks for
+    _serving: list[tuple[Callable[[], None], Callable[[], None]]] = field(default_factory=list, repr=False)
     _closing: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
@@ -50,7 +51,22 @@ class World:
         """Call `free` when the world closes, before what is there now is given back."""
         self._closing.append(free)
 
+    def serves(self, rest: Callable[[], None], leave: Callable[[], None]) -> None:
+        """A thread of this rank serves others: call `rest` when this rank's script ends, `leave` when all have."""
+        self._serving.append((rest, leave))
+
+    def rest(self) -> None:
+        """This rank needs nothing more from the others, and still serves them."""
+        for rest, _ in self._serving:
+            rest()
+
+    def leave(self) -> None:
+        """No rank needs anything more; all ranks together."""
+        while self._serving:
+            self._serving.pop()[1]()
+
     def close(self) -> None:
         """Stop Horovod and give the communicators back; all ranks together. `hp.init` may then be called anew."""
+        self.leave()
         while self._closing:
             self._closing.pop()()

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from hybridpar.optim.compression import Wire
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.sync.asynchronous import Asynchronous
 from hybridpar.optim.sync.elastic import Elastic
 from hybridpar.optim.sync.rounds import Rounds
 from hybridpar.optim.sync.wish import AllReduce, DiLoCo, Easgd, LocalSgd, parse
@@ -86,5 +87,8 @@ def policy(asked: str | None, model: Parallel, wire: Wire) -> Policy:
     if isinstance(wish, DiLoCo):
         company, between = neighbours(world, wish.inside)
         return Rounds(model, company, between, wish, wire)
-    assert isinstance(wish, Easgd)
-    return Elastic(model, world.data, wish, wire)
+    if isinstance(wish, Easgd):
+        return Elastic(model, world.data, wish, wire)
+    if wire.dtype is not None:
+        raise ValueError(f"compression={wire.dtype} and async_ps do not go together: leave out the compression")
+    return Asynchronous(model, wish)
