@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from hybridpar.batches import Batches, shuffled
 from hybridpar.data import DataLoader
@@ -190,16 +189,11 @@ def test_options_go_to_torch_and_its_collation_is_the_default() -> None:
     assert list(loader) == [2, 5]
 
 
-class _Stream(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(3))
-
-
 def test_what_a_loader_cannot_do_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ValueError, match="_Stream has no samples by number.*__len__ and __getitem__"):
-        DataLoader(_Stream(), world(), batch_size=1)
-    with pytest.raises(ValueError, match="sampler: hp.DataLoader chooses the samples itself"):
-        DataLoader(Numbers(4), world(), batch_size=2, sampler=[0, 1])
+    with pytest.raises(ValueError, match="range_iterator has no samples by number.*__len__ and __getitem__"):
+        DataLoader(iter(range(3)), world(), batch_size=1)
+    with pytest.raises(ValueError, match="generator: hp.DataLoader chooses random numbers"):
+        DataLoader(Numbers(4), world(), batch_size=2, generator=torch.Generator())
     with pytest.raises(ValueError, match="last batch of an epoch has 1 of 4 samples"):
         DataLoader(Numbers(9), world(2, 0), batch_size=4)
     loader = DataLoader(Numbers(9), world(), batch_size=4)

@@ -32,7 +32,7 @@ FLOORS = (
         + ("watch/metrics", "watch/writers"),
         (),
     ),
-    ("torch", ("seeds", "split", "microbatch", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
+    ("torch", ("seeds", "split", "microbatch", "chance", "pipeline/skip", "skeleton/*", "models/*"), ("torch",)),
     ("wires", ("wires/*",), ("torch", "mpi4py", "horovod")),
     (
         "parts",
@@ -41,6 +41,7 @@ FLOORS = (
         + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
         + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/replicas")
         + ("checkpoint/optimizers", "checkpoint/saving")
+        + ("orders", "streams", "handing")
         + ("watch/traffic", "watch/finite", "watch/drift", "watch/work", "watch/norm"),
         ("torch", "safetensors"),
     ),
