@@ -75,6 +75,7 @@ class ParallelModel:
         self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
         self._averages: list[Averaging] = []
         self._company = Company(world, world.data, in_step)
+        self.scattered = False  # whether gradients lie in pieces on the replicas (ZeRO)
         self._spans: list[Span] = []
         self._largest = 0
         self.training = True
@@ -225,7 +226,9 @@ class ParallelModel:
 
         It takes the place of an earlier one: two would average the same gradients at the same time.
         """
-        self._averages, self._company = [one], Company(self.world, one.company, self._in_step)
+        in_step = self._in_step or getattr(one, "each_pass", False)
+        self._averages, self._company = [one], Company(self.world, one.company, in_step)
+        self.scattered = getattr(one, "scattered", False)
 
     @property
     def on_their_own(self) -> bool:

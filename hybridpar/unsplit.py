@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridpar.global_view import everywhere, gather, take, wholes
+from hybridpar.optim.zero.piece import gradient
 from hybridpar.shard import Spec
 from hybridpar.tensor.plan import Applied
 
@@ -49,7 +50,8 @@ class Unsplit:
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Gradients, whole, on the CPU."""
-        grads = {name: p.grad for name, p in self._owned().items() if p.grad is not None}
+        found = {name: gradient(p) for name, p in self._owned().items()}
+        grads = {name: grad for name, grad in found.items() if grad is not None}
         return wholes(grads, self._homes, self._applied.specs, self._world)
 
     def mine(self) -> dict[str, tuple[Tensor, Spec]]:

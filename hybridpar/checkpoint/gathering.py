@@ -1,4 +1,7 @@
-"""Whole tensors, one at a time, at the rank that writes them: its tensor peers send it their shards."""
+"""Whole tensors, one at a time, at the rank that writes them: its tensor peers send it their shards.
+
+A shard that is itself in parts over the replicas (ZeRO) is put together first, at the replica that writes.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from torch import Tensor
 
 from hybridpar.checkpoint.stream import DTYPES
 from hybridpar.checkpoint.writers import Item
+from hybridpar.optim.zero.piece import Scattered
 from hybridpar.shard import Spec
 from hybridpar.wires.world import World
 
 _TAG = 7  # nothing else is under way on the tensor axis between two steps
 
-Held = tuple[Tensor | None, Spec]  # this rank's shard, None where it has none yet and its peers do
+Held = tuple[Tensor | Scattered | None, Spec]  # this rank's shard, None where it has none yet and its peers do
 
 
 def wholes(
@@ -24,7 +28,7 @@ def wholes(
     world: World,
     copied: bool,
 ) -> Iterator[Tensor]:
-    """What this rank writes of `items`, in order, on the CPU; all tensor peers go through it together.
+    """What this rank writes of `items`, in order, on the CPU; all ranks go through it together.
 
     With `copied` a tensor stays as it is now whatever becomes of the model.
     """
@@ -32,9 +36,13 @@ def wholes(
     for item in items:
         writer = writers[item.key]
         place = world.mesh.place(writer)
-        if (place.data, place.pipeline) != (here.data, here.pipeline):
-            continue  # another replica, or another stage
+        if place.pipeline != here.pipeline:
+            continue
         shard, spec = held(item)
+        if isinstance(shard, Scattered):
+            shard = shard.collected(place.data)
+        if place.data != here.data:
+            continue
         if spec.dim is None:
             if writer == world.rank:
                 x = _there(shard, spec.shape, item, world)

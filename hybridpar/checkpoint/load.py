@@ -22,6 +22,7 @@ from hybridpar.checkpoint.replicas import on_their_own, replica_kind
 from hybridpar.checkpoint.save import settle
 from hybridpar.fill.source import Files
 from hybridpar.mesh import Mesh
+from hybridpar.optim.zero.piece import piece_of
 from hybridpar.proof.point import listener
 from hybridpar.shard import Spec
 
@@ -166,6 +167,7 @@ class _Loading:
         kind = optimizer_kind(number)
         groups = optimizers.inner(optimizer).param_groups
         parameters = {names[id(p)]: (p, group) for group in groups for p in group["params"]}
+        pieces = {name: piece for name, p in self._given.model.named_parameters() if (piece := piece_of(p))}
         stored, model = self.told.tensors.get(kind, {}), self.told.tensors["model"]
         wanted = {}
         for key, one in stored.items():
@@ -182,6 +184,8 @@ class _Loading:
         for key, part in parts:
             name, _, own = key.rpartition("/")
             p, group = parameters[name]
+            if name in pieces and own != "step" and stored[key].shape == specs[name].shape:
+                part = pieces[name].part(part)
             as_parameter = stored[key].dtype == model[self._stored_name(name)].dtype and own != "step"
             device = p.device if part.dim() or group.get("capturable") or group.get("fused") else "cpu"
             found.setdefault(name, {})[own] = part.to(device, p.dtype if as_parameter else part.dtype)

@@ -4,6 +4,9 @@
     optimizer.state[p]["step"]         a number: stored once
     anything else                      only where p is not cut: nobody could say how to put it together
 
+With ZeRO the optimizer steps pieces of parameters: their states are parts of what a state of the parameter would be,
+put together when they are saved and taken apart when they are loaded, so a checkpoint does not know of it.
+
 Groups are lists of names and the options beside them (learning rate and so on).
 """
 
@@ -20,6 +23,7 @@ from hybridpar.checkpoint import replicas
 from hybridpar.checkpoint.manifest import Stored
 from hybridpar.checkpoint.plain import from_plain, to_plain
 from hybridpar.optim.distributed import DistributedOptimizer
+from hybridpar.optim.zero.piece import Scattered, piece_of
 from hybridpar.shard import Spec
 
 _NOT_OPTIONS = ("params", "param_names")
@@ -29,7 +33,7 @@ _NOT_OPTIONS = ("params", "param_names")
 class Described:
     """This rank's part of an optimizer: tensors with their specs by name, and the rest as plain values."""
 
-    tensors: dict[str, tuple[Tensor, Spec]]
+    tensors: dict[str, tuple[Tensor | Scattered, Spec]]
     values: dict[str, dict[str, Any]]
     groups: list[dict[str, Any]]
 
@@ -39,6 +43,11 @@ def inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.inner if isinstance(optimizer, DistributedOptimizer) else optimizer
 
 
+def names_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
+    """The name of each parameter, by the id of what the optimizer steps: the parameter, or its piece."""
+    return {id(p if (piece := piece_of(p)) is None else piece.held): name for name, p in parameters}
+
+
 def describe(
     optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Spec]
 ) -> Described:
@@ -46,9 +55,10 @@ def describe(
 
     Raises ValueError for a parameter that is not among them, and for a state that cannot be told from its shape.
     """
-    names = {id(p): name for name, p in parameters}
+    parameters = list(parameters)
+    names, pieces = names_of(parameters), {id(one.held): one for _, p in parameters if (one := piece_of(p))}
     optimizer = inner(optimizer)
-    tensors: dict[str, tuple[Tensor, Spec]] = {}
+    tensors: dict[str, tuple[Tensor | Scattered, Spec]] = {}
     values: dict[str, dict[str, Any]] = {}
     for number, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if id(p) not in names:
@@ -59,7 +69,9 @@ def describe(
         name = names[id(p)]
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = (value, _spec(f"{name}/{key}", value, p, specs[name], optimizer))
+                spec = _spec(f"{name}/{key}", value, p, specs[name], optimizer)
+                scattered = id(p) in pieces and value.dim()
+                tensors[f"{name}/{key}"] = (Scattered(pieces[id(p)], value) if scattered else value, spec)
             else:
                 values.setdefault(name, {})[key] = to_plain(value, f"{name}/{key}")
     return Described(tensors, values, [_group(group, names, i) for i, group in enumerate(optimizer.param_groups)])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from hybridpar.checkpoint.optimizers import inner
+from hybridpar.checkpoint.optimizers import inner, names_of
 from hybridpar.checkpoint.plain import from_plain, to_plain
 from hybridpar.data import DataLoader
 from hybridpar.engine import ParallelModel
@@ -50,8 +50,8 @@ class Parts:
         return cls(found["model"][0], found["optimizer"], found["scheduler"], first["scaler"], first["loader"])
 
     def names(self) -> dict[int, str]:
-        """The name of each parameter of this rank, by id."""
-        return {id(p): name for name, p in self.model.named_parameters()}
+        """The name of each parameter of this rank, by the id of what optimizers step: it, or its piece."""
+        return names_of(self.model.named_parameters())
 
     def trained(self) -> list[set[str]]:
         """The names of what each optimizer trains on this rank."""

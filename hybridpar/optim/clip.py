@@ -4,6 +4,8 @@ A rank holds some pieces of some parameters; pieces that several ranks hold coun
 Norms of pieces are combined in float64:
 
     (sum over ranks of sum over owned pieces of |g|^n) ^ (1/n)        the largest |g| for n = inf
+
+With ZeRO a piece is cut once more, over the replicas: then all ranks' pieces make the norm, and not one replica's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.zero.piece import Piece, piece_of
 from hybridpar.proof.point import listener
 from hybridpar.shard import Spec
 
@@ -28,12 +31,12 @@ def grad_norm(model: Parallel, norm_type: float = 2.0) -> Tensor:
     if norm_type <= 0:
         raise ValueError(f"norm_type={norm_type}: a norm's exponent is positive, float('inf') included")
     model.wait()
-    replica = model.world.replica
+    ranks = model.world.everyone if model.scattered else model.world.replica
     norms = [n.double().cpu() for n in (_norm(piece, norm_type) for piece in _owned_gradients(model))]
     mine = torch.stack([*norms, torch.zeros((), dtype=torch.float64)])
     if math.isinf(norm_type):
-        return replica.allgather(mine.max().view(1)).max()  # MPI's own maximum may drop a NaN
-    return replica.allreduce(mine.pow(norm_type).sum().view(1))[0].pow(1 / norm_type)
+        return ranks.allgather(mine.max().view(1)).max()  # MPI's own maximum may drop a NaN
+    return ranks.allreduce(mine.pow(norm_type).sum().view(1))[0].pow(1 / norm_type)
 
 
 def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -53,8 +56,9 @@ def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) ->
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's formula, its 1e-6 included
     for chunk in model.chunks():
         for _, p in chunk:
-            if p.grad is not None:
-                p.grad.mul_(scale.to(p.grad.device))
+            held = p if (piece := piece_of(p)) is None else piece.held
+            if held.grad is not None:
+                held.grad.mul_(scale.to(held.grad.device))
     return total
 
 
@@ -63,11 +67,27 @@ def _owned_gradients(model: Parallel) -> Iterator[Tensor]:
     specs, index = model.specs(), model.world.tensor.index
     for chunk in model.chunks():
         for name, p in chunk:
+            spec, piece = specs.get(name) or Spec(name, tuple(p.shape)), piece_of(p)
+            if piece is not None and piece.held.grad is not None:
+                yield _owned_piece(piece, spec, index)
             if p.grad is None:
                 continue
-            spec = specs.get(name) or Spec(name, tuple(p.shape))
             for (start, stop), _ in spec.owned(index):
                 yield p.grad if spec.dim is None else p.grad.narrow(spec.dim, start, stop - start)
+
+
+def _owned_piece(piece: Piece, spec: Spec, index: int) -> Tensor:
+    """What of a gradient's piece is not another tensor rank's."""
+    whole = spec.local_shape(index)
+    owned = [local for local, _ in spec.owned(index)]
+    if spec.dim is None:
+        return piece.held.grad if owned else piece.held.grad[:0]
+    if sum(stop - start for start, stop in owned) == whole[spec.dim]:
+        return piece.held.grad
+    mask = torch.zeros(whole, dtype=torch.bool, device=piece.held.device)
+    for start, stop in owned:
+        mask.narrow(spec.dim, start, stop - start).fill_(True)
+    return piece.held.grad[piece.part(mask)]
 
 
 def _norm(x: Tensor, norm_type: float) -> Tensor:

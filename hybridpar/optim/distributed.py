@@ -21,7 +21,10 @@ from hybridpar.optim.clip import clip_grad_norm_
 from hybridpar.optim.compression import Compression, Wire
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
-from hybridpar.optim.sync.policy import Policy, policy
+from hybridpar.optim.sync.policy import Policy, Together, policy
+from hybridpar.optim.zero import inside
+from hybridpar.optim.zero.piece import forget
+from hybridpar.optim.zero.zero import Zero
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -30,6 +33,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
     is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given. `sync` is
     how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
+    `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients. The
+    optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad` (docs/zero.md).
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
     in `step(closure)`: a closure's gradients would never be averaged.
@@ -50,14 +55,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         clip: float | None = None,
         bucket_bytes: int | None = None,
         sync: str | None = None,
+        zero: int = 0,
     ) -> None:
         _check(optimizer, compression, clip)
+        _check_zero(optimizer, zero, compression)
         self.inner, self.clip, self.norm = optimizer, clip, None
         self._model = model
         self._policy = policy(sync, model, compression or Compression.none)
         self._check_parameters(optimizer.param_groups)
         self._check_complete()
-        self._reducer = Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
+        _check_together(self._policy, zero)
+        for _, p in (named for chunk in model.chunks() for named in chunk):
+            forget(p)  # an earlier optimizer may have cut it
+        self._zero = Zero(model, self._chosen(optimizer.param_groups), zero, bucket_bytes) if zero else None
+        if self._zero is not None:
+            inside.install(optimizer, self._zero.piece)
+        self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
         model.attach(self._reducer)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -72,6 +85,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self.norm = clip_grad_norm_(self._model, self.clip)
         self._policy.before()
         self.inner.step()
+        if self._zero is not None:
+            self._zero.publish()
         self._policy.after()
 
     def synchronize(self) -> None:
@@ -112,7 +127,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         bad = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in grads) else 1.0])
         world = self._model.world
         # Replicas that do not average their gradients would skip different steps, and their rounds would not match.
-        ranks = world.replica if self._policy.company.size == world.data.size else world.everyone
+        averaged = self._policy.company.size == world.data.size
+        ranks = world.replica if self._zero is None and averaged else world.everyone
+        grads = [g for g in grads if g.numel()]
         if ranks.notes.allreduce(bad, "max")[0] and grads:
             grads[0].fill_(torch.inf)
 
@@ -126,6 +143,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         self._check_parameters([param_group])
+        if self._zero is not None:
+            self._zero.add(self._chosen([param_group]))
+            param_group["params"] = self._zero.pieces(param_group["params"])
         self.inner.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +153,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the user's optimizer."""
+        """Into the user's optimizer. Raises ValueError where its pieces (ZeRO) are others than those of the states."""
+        if self._zero is not None:
+            inside.check_states(self.inner, state_dict)
         self.inner.load_state_dict(state_dict)
 
     @property
@@ -171,6 +193,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
                         "part of the model owns: make the optimizer from model.parameters() after hp.parallelize(...)"
                     )
 
+    def _gradients(self) -> list[Tensor]:
+        """What there is of the gradients of what the optimizer steps."""
+        return [p.grad for group in self.inner.param_groups for p in group["params"] if p.grad is not None]
+
+    def _chosen(self, groups: list[dict[str, Any]]) -> list[list[tuple[str, torch.nn.Parameter]]]:
+        """The parameters in `groups`, chunk by chunk, in the model's order."""
+        given = {p for group in groups for p in group["params"]}
+        return [[(name, p) for name, p in chunk if p in given] for chunk in self._model.chunks()]
+
     def _check_complete(self) -> None:
         """Every parameter of the model is trained by the optimizer, or frozen."""
         given = {p for group in self.inner.param_groups for p in group["params"]}
@@ -194,3 +225,20 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
         raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")
+
+
+def _check_together(policy: Policy, zero: int) -> None:
+    if zero and not isinstance(policy, Together):
+        raise ValueError(
+            f'zero={zero} cuts over replicas that hold the same weights, and this sync policy lets them differ: use '
+            'sync="allreduce", or leave out zero'
+        )
+
+
+def _check_zero(optimizer: torch.optim.Optimizer, zero: int, compression: Wire | None) -> None:
+    if zero not in (0, 1, 2):
+        raise ValueError(f"zero={zero!r}: 0 cuts nothing over the data axis, 1 the optimizer's state, 2 gradients too")
+    if zero and compression is not None and compression.dtype is not None:
+        raise ValueError(f"compression={compression.dtype} and zero={zero} do not go together: leave out one of them")
+    if zero:
+        inside.check_elementwise(optimizer, zero)

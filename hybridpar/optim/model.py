@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch.nn import Parameter
 
@@ -25,6 +25,14 @@ class Reducing(Protocol):
         """That pass is over."""
 
 
+@runtime_checkable
+class Passing(Protocol):
+    """Something that handles gradients after every backward pass of a chunk."""
+
+    def passed(self, chunk: int) -> None:
+        """A pass is over that is not the last one of this step."""
+
+
 class Averaging(Reducing, Protocol):
     """Something that averages them over the replicas of `company`: all of them, unless a sync policy says otherwise."""
 
@@ -38,6 +46,7 @@ class Parallel(Protocol):
     """A model cut over ranks, as optimizers see it."""
 
     world: World
+    scattered: bool  # whether each replica has its piece of the gradients only
 
     def chunks(self) -> Chunks:
         """The parameters that this rank holds and owns, chunk by chunk."""

@@ -24,13 +24,15 @@ from hybridpar.optim.bucket import Bucket, Named, grouped
 from hybridpar.optim.compression import Compression, Wire
 from hybridpar.wires.axis import Axis
 
-_TWICE = (
+TWICE = (
     "train_step was called twice without optimizer.step(): to accumulate gradients use "
     "train_step(..., microbatches=...), to drop them call optimizer.zero_grad()"
 )
 
 
-class _Phase(enum.Enum):
+class Phase(enum.Enum):
+    """Where a chunk is in its step."""
+
     IDLE = "idle"
     ARMED = "armed"
     FLUSHED = "flushed"
@@ -60,13 +62,13 @@ class Reducer:
         if axis.size == 1:  # each gradient is the average already: nothing to watch
             chunks = [[] for _ in chunks]
         wire = compression or Compression.none
-        _agree(axis, chunks)
+        agree(axis, chunks)
         self._chunks = [_Chunk(f"{name}.{i}", axis, list(c), bucket_bytes, wire) for i, c in enumerate(chunks)]
 
     @property
     def pending(self) -> bool:
         """Whether gradients are on their way, `wait` being due."""
-        return any(chunk.phase is not _Phase.IDLE for chunk in self._chunks)
+        return any(chunk.phase is not Phase.IDLE for chunk in self._chunks)
 
     def arm(self, chunk: int) -> None:
         """The next backward pass of `chunk` is the last of this step: send its gradients off as they come.
@@ -93,38 +95,38 @@ class _Chunk:
         self._bucket_bytes, self._wire = bucket_bytes, wire
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks)
-        self.phase = _Phase.IDLE
+        self.phase = Phase.IDLE
         self._build()
 
     def arm(self) -> None:
-        if self.phase is not _Phase.IDLE:
-            raise ValueError(_TWICE)
+        if self.phase is not Phase.IDLE:
+            raise ValueError(TWICE)
         if self._kinds() != self._built:  # frozen, unfrozen or converted since; the same on every replica
             self._build()
-        self.phase = _Phase.ARMED
+        self.phase = Phase.ARMED
 
     def take(self, p: Parameter) -> None:
         """A gradient is complete, if this is the last pass."""
-        if self.phase is _Phase.IDLE:
+        if self.phase is Phase.IDLE:
             return
-        if self.phase is _Phase.FLUSHED:  # autograd has just added to what is being averaged
-            raise ValueError(_TWICE)
+        if self.phase is Phase.FLUSHED:  # autograd has just added to what is being averaged
+            raise ValueError(TWICE)
         bucket, place = self._places[p]
         bucket.take(place)
         while self._launched < len(self._buckets) and self._buckets[self._launched].full:
             self._launch()
 
     def flush(self) -> None:
-        assert self.phase is _Phase.ARMED, f"{self._name} is {self.phase.value}, not armed"
+        assert self.phase is Phase.ARMED, f"{self._name} is {self.phase.value}, not armed"
         while self._launched < len(self._buckets):
             self._launch()
-        self.phase = _Phase.FLUSHED
+        self.phase = Phase.FLUSHED
 
     def wait(self) -> None:
-        if self.phase is _Phase.ARMED:
+        if self.phase is Phase.ARMED:
             raise ValueError("optimizer.step() was called before the last backward pass of train_step was over")
-        if self.phase is _Phase.FLUSHED:
-            self.phase, self._launched = _Phase.IDLE, 0
+        if self.phase is Phase.FLUSHED:
+            self.phase, self._launched = Phase.IDLE, 0
             for bucket in self._buckets:
                 bucket.finish()
 
@@ -164,7 +166,7 @@ def _remove(hooks: list[RemovableHandle]) -> None:
         hooks.pop().remove()
 
 
-def _agree(axis: Axis, chunks: Sequence[Named]) -> None:
+def agree(axis: Axis, chunks: Sequence[Named]) -> None:
     """Raise ValueError on all replicas unless their parameters are the same: else they would wait for ever."""
     mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for chunk in chunks for name, p in chunk]
     if len(set(axis.objects(zlib.crc32(repr(mine).encode())))) == 1:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.microbatch import tensors as within
-from hybridpar.optim.model import Reducing
+from hybridpar.optim.model import Passing, Reducing
 from hybridpar.pipeline.action import Action, Kind
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.pipeline.ties import Ties
@@ -141,6 +141,10 @@ class _Run:
         self._note(action, began)
         if last:
             self._of._ties.give(action.stage)
+        else:
+            for one in self._readiness:
+                if isinstance(one, Passing):
+                    one.passed(self._of._numbers[action.stage])
         if action.stage:
             self._post(Kind.BACKWARD, action.stage - 1, action.micro, [t.grad for t in held.inputs], None)
 

@@ -63,6 +63,18 @@ class Axis(ABC):
         """Combine `x` (contiguous, changed in place) over the axis and return it."""
         return self.start_allreduce(x, op).wait()
 
+    def start_reduce_scatter(self, x: Tensor, op: str = "sum", name: str | None = None) -> Handle:
+        """Begin to combine `x` [size * n] over the axis, `op` sum or average; `wait` gives this index's share [n].
+
+        `x` may be overwritten. Carriers that cannot do so meanwhile do it at once.
+        """
+        share = self.reduce_scatter(x)
+        return Finished(share.div_(self.size) if op == "average" else share)
+
+    def start_allgather(self, x: Tensor, name: str | None = None) -> Handle:
+        """Begin to bring together all ranks' `x` [n], of one length; `wait` gives [size * n]."""
+        return Finished(self.allgather(x))
+
     @abstractmethod
     def allgather(self, x: Tensor, dim: int = 0) -> Tensor:
         """All ranks' `x`, one after another along `dim`; their sizes along `dim` may differ."""

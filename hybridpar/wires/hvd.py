@@ -5,6 +5,7 @@
                           [a0 a1]  alltoall   [a0 b0] -> sum0   allgather   [sum0 sum1]
                           [b0 b1]  -------->  [a1 b1] -> sum1   --------->  [sum0 sum1]
                       anything else: over MPI
+    start_reduce_scatter   Horovod's, or bfloat16 as above without the last step
     moves             allgather, alltoall, broadcast of any dtype, as words of the same length
     the rest          send, recv, objects, barrier: Horovod has none, or none that is quick; over MPI
 
@@ -95,6 +96,21 @@ class HorovodAxis(Axis):
         flat, (name, release) = self._reachable(x).view(-1), self._named(name)
         return _Sum(self._hvd, self._hvd.allreduce_async_(flat, name=name, op=self._ops[op]), x, flat, release)
 
+    def start_reduce_scatter(self, x: Tensor, op: str = "sum", name: str | None = None) -> Handle:
+        flat, (name, release) = self._reachable(x), self._named(name)
+        if x.dtype is torch.bfloat16:
+            splits = torch.full((self.size,), len(x) // self.size, dtype=torch.int32)
+            handle = self._hvd.alltoall_async(flat.view(torch.int16), splits=splits, name=name)
+            combine = _COMBINE[op]
+            return _Got(self._hvd, handle, x, release, lambda got: combine(_rows(got[0], self.size), dim=0))
+        handle = self._hvd.reducescatter_async(flat, name=name, op=self._ops[op])
+        return _Got(self._hvd, handle, x, release)
+
+    def start_allgather(self, x: Tensor, name: str | None = None) -> Handle:
+        name, release = self._named(name)
+        handle = self._hvd.allgather_async(self._words(x.detach()), name=name)
+        return _Got(self._hvd, handle, x, release, lambda got: got.view(x.dtype))
+
     def allgather(self, x: Tensor, dim: int = 0) -> Tensor:
         rows = x.detach().movedim(dim, 0).contiguous()
         if not _moves(rows):
@@ -179,6 +195,31 @@ class _Sum:
         return self._over or self._hvd.poll(self._handle)
 
 
+class _Got:
+    """An operation under way that gives another tensor than `x`, of its dtype and on its device; `finish` makes it."""
+
+    def __init__(
+        self,
+        hvd: Any,
+        handle: int,
+        x: Tensor,
+        release: Callable[[], None],
+        finish: Callable[[Any], Tensor] = lambda got: got,
+    ) -> None:
+        self._hvd, self._handle, self._x, self._release, self._finish = hvd, handle, x, release, finish
+        self._got: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        if self._got is None:
+            got = self._finish(self._hvd.synchronize(self._handle))
+            self._release()
+            self._got = got.to(device=self._x.device, dtype=self._x.dtype)
+        return self._got
+
+    def done(self) -> bool:
+        return self._got is not None or self._hvd.poll(self._handle)
+
+
 class _Bfloat16Sum:
     """An alltoall of pieces, and when they have come their sum in float32 and its allgather."""
 
@@ -211,10 +252,14 @@ class _Bfloat16Sum:
         """Add what has come and begin to gather the sums; peers may be here at different times, the name matches."""
         if self._sums is None:
             words, _ = self._hvd.synchronize(self._pieces)
-            size = self._hvd.size()
-            pieces = words.view(torch.bfloat16).view(size, len(words) // size).float()
+            pieces = _rows(words, self._hvd.size())
             combined = _COMBINE[self._op](pieces, dim=0).to(torch.bfloat16)
             self._sums = self._hvd.allgather_async(combined.view(torch.int16), name=f"{self._name}.sums")
+
+
+def _rows(words: Tensor, size: int) -> Tensor:
+    """The pieces of bfloat16 that came from each rank, in float32: [size, n]."""
+    return words.view(torch.bfloat16).view(size, len(words) // size).float()
 
 
 def _moves(x: Tensor) -> bool:
