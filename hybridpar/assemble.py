@@ -19,6 +19,7 @@ from hybridpar.fill.fill import Weights, agree, fill, held
 from hybridpar.fill.recipe import record
 from hybridpar.fill.seed import Init
 from hybridpar.loss import LossFunction, WeightedLoss
+from hybridpar.optim.precision import Scaling, casting
 from hybridpar.pipeline.executor import Executor
 from hybridpar.pipeline.partition import level, partition
 from hybridpar.pipeline.schedule import build, read
@@ -56,6 +57,7 @@ def parallelize(
     sequence: bool = False,
     weights: Weights | None = None,
     init: Init | None = None,
+    precision: str | None = None,
     recompute: str | Sequence[str] | None = None,
 ) -> ParallelModel:
     """Spread `module`, built alike on every rank, over the mesh.
@@ -66,6 +68,7 @@ def parallelize(
     default to the module's attributes `tensor_plan` and `chain`. Stages are balanced over `costs` (one number per part
     of the chain), or over seconds measured on `example` inputs, or over an estimate; `stages` gives the number of parts
     in each stage instead. `sequence` also cuts what lies between the cut layers, along the tokens.
+    `precision` is "bf16" or "fp16": what torch's autocast computes in, with fp32 weights (docs/precision.md).
     `recompute` names modules that keep their inputs only until the backward pass: "full" (every block), a pattern such
     as "blocks.*.mlp", or several (docs/recompute.md).
 
@@ -82,6 +85,7 @@ def parallelize(
     """
     check(module, mesh.pipeline.size)
     _same_everywhere(module, mesh.everyone)
+    cast = casting(precision, module, mesh.device)
     module, loss, example = listener().parallelizes(module, loss, example, mesh, weights, init)
     agree(weights, mesh.everyone)
     recipes = record(module)
@@ -113,12 +117,13 @@ def parallelize(
         applied=applied,
         homes={name: homes[s] for s, name in sorted(first.values(), key=lambda owner: owner[0])},
         buffers={name: homes[s] for s, stage in reversed([*enumerate(all_stages)]) for name, _ in stage.kept()},
-        executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, first_tag=len(ties)),
+        executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, len(ties), cast),
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
         report=_report(all_stages, homes, spent, bounds, applied, mesh, again),
         in_step=synced > 0,
+        scaling=Scaling() if precision == "fp16" else None,
     )
     listener().parallelized(model)
     return model

@@ -22,6 +22,7 @@ from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
+from hybridpar.optim.precision import Scaling
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.proof.point import listener
@@ -65,11 +66,12 @@ class ParallelModel:
         loss: WeightedLoss | None,
         report: str,
         in_step: bool = False,
+        scaling: Scaling | None = None,
     ) -> None:
         self.world, self.report, self._in_step = world, report, in_step
         self._stages, self._owned, self._applied = stages, owned, applied
         self._executor, self._schedules, self._draw = executor, schedules, draw
-        self._loss = loss
+        self._loss, self.scaling = loss, scaling
         # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
         self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
@@ -141,7 +143,7 @@ class ParallelModel:
         company = self._company if training else Company(world, world.data, self._in_step)
         before, weight = company.count(sum(sizes), len(parts), sum(weights))
         losses: list[Tensor] = []
-        scale = company.size / weight if weight else 0.0
+        scale = company.size / weight * (self.scaling.begin() if training and self.scaling else 1) if weight else 0.0
 
         def micro(m: int) -> Micro:
             (mine, wanted), n = parts[m]
@@ -239,6 +241,8 @@ class ParallelModel:
         """Return when the gradients of the last step are averages over the replicas."""
         for one in self._averages:
             one.wait()
+        if self.scaling is not None:
+            self.scaling.unscale()
 
     def train(self, mode: bool = True) -> ParallelModel:
         """Training mode: dropout is on."""

@@ -26,7 +26,7 @@ from tests.ranks import ranks
 class Plain:
     """A module as the engine would show it, and the engine's loop over microbatches."""
 
-    scattered = False
+    scattered, scaling = False, None
 
     def __init__(self, module: nn.Module, world: Any, specs: dict[str, Spec] | None = None, chunks: int = 1) -> None:
         self.module, self.world, self._specs = module, world, specs or {}

@@ -66,6 +66,8 @@ class Parts:
             {"class": type(one).__name__, "state": to_plain(_kept(one), f"{type(one).__name__}.state_dict()")}
             for one in self.schedulers
         ]
+        if self.model.scaling is not None:
+            told["scaling"] = self.model.scaling.state_dict()
         if self.scaler is not None:
             told["scaler"] = to_plain(self.scaler.state_dict(), "GradScaler.state_dict()")
         if self.loader is not None:
@@ -86,6 +88,8 @@ class Parts:
     def restore(self, states: dict[str, Any]) -> None:
         """Give everything but the model and the optimizers its saved state."""
         self.model.steps = states["steps"]
+        if self.model.scaling is not None and "scaling" in states:
+            self.model.scaling.load_state_dict(states["scaling"])
         for scheduler, told in zip(self.schedulers, states["schedulers"]):
             scheduler.load_state_dict(from_plain(told["state"]))
         if self.scaler is not None:

@@ -72,6 +72,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             inside.install(optimizer, self._zero.piece)
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
         model.attach(self._reducer)
+        if model.scaling is not None:
+            _check_scaled(self._policy)
+            model.scaling.watch(self._gradients)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """Wait for the averages, clip, and step."""
@@ -81,6 +84,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "call model.train_step(...) and then optimizer.step()"
             )
         self.synchronize()
+        scaling = self._model.scaling
+        if scaling is not None and not scaling.agree(self._model.world.everyone):
+            return  # on all ranks: a gradient overflowed on one
         if self.clip is not None:
             self.norm = clip_grad_norm_(self._model, self.clip)
         self._policy.before()
@@ -92,6 +98,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Return when all `p.grad` are averages, ready to be looked at or changed; `step` then need not wait."""
         self._reducer.wait()
+        if self._model.scaling is not None:
+            self._model.scaling.unscale()
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -225,6 +233,14 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
         raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")
+
+
+def _check_scaled(policy: Policy) -> None:
+    if not isinstance(policy, Together):
+        raise ValueError(
+            'precision="fp16" skips a step on all ranks where one overflows, and this sync policy lets replicas step '
+            'by themselves: use precision="bf16", or sync="allreduce"'
+        )
 
 
 def _check_together(policy: Policy, zero: int) -> None:

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from hybridpar.shard import Spec
 
 if TYPE_CHECKING:
+    from hybridpar.optim.precision import Scaling
     from hybridpar.wires.axis import Axis
     from hybridpar.wires.world import World
 
@@ -46,6 +47,7 @@ class Parallel(Protocol):
     """A model cut over ranks, as optimizers see it."""
 
     world: World
+    scaling: Scaling | None  # that of fp16's losses
     scattered: bool  # whether each replica has its piece of the gradients only
 
     def chunks(self) -> Chunks:

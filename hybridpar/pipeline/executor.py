@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from hybridpar.microbatch import tensors as within
 from hybridpar.optim.model import Passing, Reducing
+from hybridpar.optim.precision import Casting
 from hybridpar.pipeline.action import Action, Kind
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.pipeline.ties import Ties
@@ -55,15 +57,23 @@ class Executor:
     """Executes schedules over the chunks of one rank.
 
     `chunks` maps stage numbers to the stages held here; `ties` are the parameters shared with other stages, whose
-    messages use the tags below `first_tag`.
+    messages use the tags below `first_tag`. Forwards run within `casting()`.
     """
 
     def __init__(
-        self, chunks: Mapping[int, Stage], mailbox: Mailbox, rank: int, ties: Ties, draw: Draw, first_tag: int
+        self,
+        chunks: Mapping[int, Stage],
+        mailbox: Mailbox,
+        rank: int,
+        ties: Ties,
+        draw: Draw,
+        first_tag: int,
+        casting: Casting = nullcontext,
     ) -> None:
         self._chunks, self._mailbox, self._rank = chunks, mailbox, rank
         self._ties, self._draw, self._first_tag = ties, draw, first_tag
         self._numbers = {stage: i for i, stage in enumerate(chunks)}
+        self._casting = casting
 
     def run(self, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing] = ()) -> list[Span]:
         """Run all actions of this rank; returns when each began and ended, in seconds of `time.perf_counter`."""
@@ -106,9 +116,10 @@ class _Run:
             inputs, skips = _unpack(entering, structure)
         began = time.perf_counter()
         self._of._draw.samples = micro.samples
-        output, skips = stage(inputs, skips, micro.inputs)
+        with self._of._casting():
+            output, skips = stage(inputs, skips, micro.inputs)
+            pulled = micro.finish(output) if action.stage == self._schedule.stages - 1 else None
         if action.stage == self._schedule.stages - 1:
-            pulled = micro.finish(output)
             tensors, structure = [] if pulled is None else [pulled], None
         else:
             tensors, structure = _pack(output, skips, stage)
