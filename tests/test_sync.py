@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import hybridpar as hp
+from hybridpar.install.probe import prefix, scripts
+from hybridpar.launch.job import plan
 from hybridpar.mesh import Mesh
 from hybridpar.optim.sync.rounds import Rounds
 from hybridpar.optim.sync.wish import AllReduce, AsyncPs, DiLoCo, Easgd, LocalSgd, parse
@@ -149,6 +151,15 @@ def test_a_wish_that_cannot_be_is_refused_in_one_sentence(text: str, told: str) 
         parse(text)
 
 
+def test_the_command_line_hands_the_wish_to_all_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("")
+    job = plan(2, [str(script)], {}, scripts(), prefix(), cores=2, sync="diloco(8)")
+    assert job.environment["HYBRIDPAR_SYNC"] == "diloco(8)"
+    with pytest.raises(ValueError, match="there is no policy 'dilocco'"):
+        plan(2, [str(script)], {}, scripts(), prefix(), cores=2, sync="dilocco(8)")
+
+
 # ---- rounds
 
 
@@ -240,6 +251,30 @@ def test_elastic_averaging_is_that_of_a_plain_simulation() -> None:
     optimizer.meet()
     simulated.set([centre, centre])
     same(model, simulated.modules[0])
+    mesh.close()
+
+
+@ranks(2)
+def test_what_does_not_go_with_replicas_on_their_own_is_refused_in_one_sentence() -> None:
+    mesh = opened(Mesh(data=2))
+
+    def wrapped(module: nn.Module, sync: str, **options: Any) -> hp.ParallelModel:
+        model = hp.parallelize(module, mesh, nn.MSELoss())
+        hp.DistributedOptimizer(adamw(model.parameters()), model, sync=sync, **options)
+        return model
+
+    with pytest.raises(ValueError, match="a SyncBatchNorm needs all 2 replicas in every step"):
+        wrapped(nn.Sequential(nn.Linear(6, 4), nn.SyncBatchNorm(4)), "local_sgd(2)")
+    with pytest.raises(ValueError, match="compression=torch.bfloat16 and async_ps do not go together"):
+        wrapped(mlp(), "async_ps(1)", compression=hp.Compression.bf16)
+
+    def train() -> None:
+        model = wrapped(mlp(), "local_sgd(2)")
+        for batch in mlp_batches(2):
+            model.train_step(tuple(mine(x, mesh.data) for x in batch))
+
+    with pytest.raises(ValueError, match="verify the training with sync=.allreduce"):
+        hp.verify(train, steps=1)
     mesh.close()
 
 

@@ -38,6 +38,8 @@ def start(
 ) -> Report:
     """Run `script` under `hp.verify` and return the report. `ranks` default to the product of the degrees.
 
+    Replicas average gradients, whatever sync policy the script has: what is verified is the mesh.
+
     Each of its runs may take `timeout` seconds for its `steps`.
 
     Raises ValueError for wrong use and RuntimeError where the script fails before there is anything to compare.
@@ -54,7 +56,7 @@ def start(
         words = [rank.__file__, str(path), str(steps), "fp64" if double else "as-is", str(timeout), script, *arguments]
         job = plan(
             ranks, words, environment, scripts, prefix, cores,
-            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier,
+            tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, sync="allreduce",
         )  # fmt: skip
         print(f"verify: {job.mesh}, {steps} steps, against one process", file=sys.stderr, flush=True)
         code = run(job)

@@ -98,6 +98,11 @@ class _Verification:
         torch.set_rng_state(self._randomness[0])
         random.setstate(self._randomness[1])
         recorder.record(self._train)
+        if recorder.model.on_their_own:
+            raise ValueError(
+                "verify compares with one process that sees all samples, and this sync policy leaves replicas to "
+                'themselves: verify the training with sync="allreduce"'
+            )
         self._first = recorder.model.world.rank == 0
         return recorder
 
