@@ -357,6 +357,22 @@ def test_steps_between_reports_send_nothing() -> None:
     assert max(sent) < 200
 
 
+@ranks(2)
+def test_a_replica_that_its_policy_lets_go_ahead_is_not_held_back_by_reports() -> None:
+    import hybridpar as hp
+
+    mesh = hp.init()
+    model = hp.parallelize(gpt(), mesh, loss=hp.CrossEntropy())
+    optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sync="async_ps(3)")
+    watch = hp.Watch(model, optimizer, progress=False, drift=1, best=1e9)
+    told = [stepped(model, optimizer, watch, step) for step in range(2)]
+    if mesh.rank == 1:
+        told += [stepped(model, optimizer, watch, step) for step in range(2, 4)]
+    mesh.everyone.barrier()
+    mesh.close()
+    assert all(metrics.warnings == () and 0 <= metrics.staleness <= 3 for metrics in told)
+
+
 def test_numbers_of_steps_below_one_are_refused() -> None:
     from hybridpar.watch.watch import Watch
 

@@ -1,4 +1,4 @@
-"""The gradient's norm, caught between its averages and the optimizer's step, and what kind of optimizer that is."""
+"""The gradient's norm, caught between its averages and the optimizer's step, and what the optimizer tells of itself."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ class Norm:
         if self._due():
             known = getattr(self._optimizer, "norm", None)  # from before clipping
             self._norm = known if known is not None else grad_norm(self._model)
+
+
+def lags(optimizer: torch.optim.Optimizer | None) -> tuple[int, int]:
+    """Under bounded staleness the steps so far, and by how many steps the slowest replica was behind in all of them.
+
+    Example:
+        >>> lags(None)
+        (0, 0)
+    """
+    counted = getattr(getattr(optimizer, "policy", None), "lags", {})
+    return sum(counted.values()), sum(behind * steps for behind, steps in counted.items())
 
 
 def why(optimizer: torch.optim.Optimizer | None) -> str:

@@ -1,6 +1,6 @@
 """How many bytes a rank hands to the axes: a count that stands before their methods.
 
-    allreduce, allgather, reduce_scatter, send    the bytes of the tensor
+    allreduce, allgather, reduce_scatter, send    the bytes of the tensor, whether begun or done at once
     alltoall                                      those of all pieces
     broadcast                                     those of the tensor, at its source
 
@@ -16,7 +16,8 @@ from typing import Any
 
 from hybridpar.wires.axis import Axis
 
-_METHODS = ("start_allreduce", "allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "send")
+_METHODS = ("allreduce", "allgather", "reduce_scatter", "alltoall", "broadcast", "send")
+_METHODS += tuple(name for name in dir(Axis) if name.startswith("start_"))
 
 
 class Traffic:

@@ -23,7 +23,7 @@ from hybridpar.trace.spans import WORK
 from hybridpar.watch.drift import drifted
 from hybridpar.watch.finite import Finite
 from hybridpar.watch.metrics import Metrics
-from hybridpar.watch.norm import Norm, why
+from hybridpar.watch.norm import Norm, lags, why
 from hybridpar.watch.together import Together
 from hybridpar.watch.traffic import Traffic
 from hybridpar.watch.work import Work, compiled, peak
@@ -81,6 +81,7 @@ class Watch:
         self._gradients = Norm(model, optimizer, lambda: self._due(self._count + 1))
         self._count, self._since, self._clock = 0, 0, time.perf_counter()
         self._samples, self._tokens = 0, 0
+        self._lags = lags(optimizer)
         self._ill = False  # already told of gradients that are not finite
         self._writers: list[JsonLines | TensorBoard | Line] = []
         if world.rank == 0:
@@ -143,10 +144,11 @@ class Watch:
             together.barrier()  # so that all are busy while each measures
             self._best = peak(world.device, next(model.parameters(), torch.empty(0)).dtype)
         speaks = world.replica.index == 0
+        late, self._lags = [now - then for now, then in zip(lags(self._optimizer), self._lags)], lags(self._optimizer)
         own = [self._samples * speaks, self._tokens * speaks, (self._each or 0.0) * self._samples, self._best or 0.0]
-        sums = [*own, self._idle(), len(wrong), *self._traffic.bytes.values()]
+        sums = [*own, *late, self._idle(), len(wrong), *self._traffic.bytes.values()]
         summed = together.allreduce(torch.tensor(sums, dtype=torch.float64)).tolist()
-        samples, tokens, flops, best, idle, ill, *sent = summed
+        samples, tokens, flops, best, counted, behind, idle, ill, *sent = summed
         mosts = torch.tensor([spent, _memory(world.device)], dtype=torch.float64)
         seconds, memory = together.allreduce(mosts, "max").tolist()
         per = 1 / seconds if steps and seconds else None
@@ -163,6 +165,7 @@ class Watch:
             bubble=idle / together.size if world.pipeline.size > 1 else None,
             sent={axis: count / max(1, steps) for axis, count in zip(self._traffic.bytes, sent)} if steps else {},
             memory=int(memory),
+            staleness=behind / counted if counted else None,
             more=more,
             warnings=(*self._not_finite(loss, wrong, ill > 0, together), *self._apart(together)),
         )
