@@ -23,6 +23,7 @@ from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.optim.precision import Scaling
+from hybridpar.optim.zero.piece import stepped
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.proof.point import listener
@@ -257,11 +258,9 @@ class ParallelModel:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or make them zeros."""
-        for p in self.parameters():
-            if set_to_none:
-                p.grad = None
-            elif p.grad is not None:
-                p.grad.zero_()
+        for p in map(stepped, self.parameters()):
+            if p.grad is not None:
+                p.grad = None if set_to_none else p.grad.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part: its shards, under their names in the unsplit module."""

@@ -15,6 +15,7 @@ from hybridpar.optim.zero.inside import check_elementwise
 from tests.models import layers, mine, numbers, tokens
 from tests.ranks import ranks
 from tests.test_equality import CLIP, STEPS, TOLERANCE, Case, opened, plain
+from tests.trainings import plain_adam, training
 
 CLOSE = {"rtol": 0, "atol": TOLERANCE[torch.float64]}
 
@@ -64,6 +65,14 @@ def test_training_equals_one_process_beside_tensor_and_pipeline(case: Case, zero
     mesh.close()
     mesh = opened(Mesh(data=2, pipeline=2))
     trained(mesh, case, zero, schedule="gpipe" if case.clip else "1f1b")
+    mesh.close()
+
+
+@ranks(8)
+def test_training_equals_one_process_on_all_three_axes() -> None:
+    case = Case(depth=4, clip=True, kv_heads=2)
+    mesh = opened(Mesh(2, 2, 2))
+    trained(mesh, case, 2, schedule="interleaved", chunks=2, sequence=True)
     mesh.close()
 
 
@@ -168,6 +177,8 @@ def test_what_an_optimizer_knew_before_is_cut_and_later_groups_are_too(tmp_path:
     with pytest.raises(ValueError, match="exp_avg of parameter 0 has shape .* use hp.save and hp.load"):
         cut.load_state_dict(one.state_dict())
     cut.load_state_dict(cut.state_dict())
+    model.zero_grad()
+    assert all(p.grad is None for group in cut.param_groups for p in group["params"])
     for p in module[2].parameters():
         p.requires_grad_(False)
     part = hp.DistributedOptimizer(torch.optim.SGD(module[0].parameters(), 0.1), model, zero=1)
@@ -210,9 +221,18 @@ def test_what_is_not_possible_is_refused_alike() -> None:
         hp.DistributedOptimizer(sgd, model, zero=1, compression=hp.Compression.fp16)
     hp.DistributedOptimizer(sgd, model, zero=2)
     batch = (numbers(4, 6), numbers(4, 3))
+    with pytest.raises(ValueError, match='sync="allreduce", or leave out zero'):
+        hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, zero=1, sync="local_sgd(2)")
     with pytest.raises(ValueError, match="cut their batches into 3 microbatches, this one into .*zero=2"):
         model.train_step(batch, 1 + mesh.rank)
     mesh.close()
+
+
+@ranks(2)
+def test_verify_says_that_gradients_are_in_pieces() -> None:
+    cut = training(stepper=lambda model: hp.DistributedOptimizer(plain_adam(model), model, zero=1))
+    with pytest.raises(ValueError, match="verify compares whole gradients, and zero="):
+        hp.verify(cut)
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "Muon"])

@@ -23,7 +23,7 @@ from hybridpar.checkpoint import replicas
 from hybridpar.checkpoint.manifest import Stored
 from hybridpar.checkpoint.plain import from_plain, to_plain
 from hybridpar.optim.distributed import DistributedOptimizer
-from hybridpar.optim.zero.piece import Scattered, piece_of
+from hybridpar.optim.zero.piece import Scattered, piece_of, stepped
 from hybridpar.shard import Spec
 
 _NOT_OPTIONS = ("params", "param_names")
@@ -45,7 +45,7 @@ def inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def names_of(parameters: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
     """The name of each parameter, by the id of what the optimizer steps: the parameter, or its piece."""
-    return {id(p if (piece := piece_of(p)) is None else piece.held): name for name, p in parameters}
+    return {id(stepped(p)): name for name, p in parameters}
 
 
 def describe(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.optim.model import Parallel
-from hybridpar.optim.zero.piece import Piece, piece_of
+from hybridpar.optim.zero.piece import Piece, piece_of, stepped
 from hybridpar.proof.point import listener
 from hybridpar.shard import Spec
 
@@ -55,8 +55,7 @@ def clip_grad_norm_(model: Parallel, max_norm: float, norm_type: float = 2.0) ->
     total = grad_norm(model, norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's formula, its 1e-6 included
     for chunk in model.chunks():
-        for _, p in chunk:
-            held = p if (piece := piece_of(p)) is None else piece.held
+        for held in (stepped(p) for _, p in chunk):
             if held.grad is not None:
                 held.grad.mul_(scale.to(held.grad.device))
     return total

@@ -136,6 +136,8 @@ class Recorder(Silent):
         self._after_step()
         if len(self.records) == self.steps:
             raise Enough
+        if model.scattered:
+            raise ValueError("verify compares whole gradients, and zero= leaves each replica pieces: verify without it")
         batch = doubled(batch) if self.double else batch
         place = model.world.place
         self._meet(("step", len(self.records), place.data, fingerprint(batch), microbatches))
@@ -216,10 +218,8 @@ class Recorder(Silent):
         step = self.records[-1]
         step.groups[self.optimizers.index(optimizer)] = groups
         if len(step.groups) == 1:  # of several optimizers the first to step; the gradients of all are there by then
-            step.gradients = {
-                name: None if p.grad is None else p.grad.detach().cpu().clone()
-                for name, p in self.model.named_parameters()
-            }
+            found = {name: p.grad for name, p in self.model.named_parameters()}
+            step.gradients = {name: None if g is None else g.detach().cpu().clone() for name, g in found.items()}
 
     def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer in self.optimizers:

@@ -41,7 +41,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer, stage: int) -> None:
         if first is None:
             continue
         try:
-            right = _alike(optimizer, group, first)
+            right = alike(optimizer, group, first)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{_refusal(optimizer, stage)} ({error})") from error
         if not right:
@@ -78,7 +78,7 @@ def _refusal(optimizer: torch.optim.Optimizer, stage: int) -> str:
     )
 
 
-def _alike(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Parameter) -> bool:
+def alike(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Parameter) -> bool:
     """Whether halves are stepped as the whole is."""
     count = _ROWS * _COLUMNS
     made = {"dtype": torch.float32, "device": like.device}
@@ -97,8 +97,14 @@ def _alike(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Parame
         for part, half in zip(parts, halves):
             part.grad = gradient[half].clone()
         for trial in trials:
-            type(optimizer).step(trial)  # a scheduler may have wrapped the step of the object
+            _step(type(optimizer))(trial)  # a scheduler may have wrapped the step of the object
     return bool(torch.allclose(whole.detach().view(-1), torch.cat([part.detach() for part in parts])))
+
+
+def _step(kind: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
+    """The step of `kind` without what torch puts around it, which tells whoever listens to all optimizers."""
+    step = kind.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _trial(

@@ -87,6 +87,12 @@ def piece_of(p: Tensor) -> Piece | None:
     return vars(p).get(_NAME)
 
 
+def stepped(p: Parameter) -> Parameter:
+    """What an optimizer steps for a parameter of the model, and where its gradient is: its piece, or itself."""
+    piece = piece_of(p)
+    return p if piece is None else piece.held
+
+
 def keep(piece: Piece) -> None:
     """Let `piece_of(piece.whole)` find it: whoever meets the parameter must know that its gradient lies elsewhere."""
     vars(piece.whole)[_NAME] = piece
