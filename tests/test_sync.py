@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import hybridpar as hp
+from benchmarks.policies import table
 from hybridpar.install.probe import prefix, scripts
 from hybridpar.launch.job import plan
 from hybridpar.mesh import Mesh
 from hybridpar.optim.sync.rounds import Rounds
 from hybridpar.optim.sync.wish import AllReduce, AsyncPs, DiLoCo, Easgd, LocalSgd, parse
+from tests.jobs import run_command
 from tests.models import gpt, layers, mine, numbers, tokens
 from tests.ranks import ranks
 from tests.test_equality import opened
@@ -333,3 +339,15 @@ def test_the_command_line_overrules_the_script(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HYBRIDPAR_SYNC", "local(5)")
     with pytest.raises(ValueError, match="there is no policy 'local'"):
         hp.init()
+
+
+def test_the_benchmark_of_policies_measures_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.policies", "--rank", "local_sgd(8)", "--steps", "16"]
+    # The harness ends a command with a word of its own: a file that nobody writes here.
+    job = run_command(tmp_path, [*command, "--folder", str(tmp_path), "--json"], ranks=2)
+    assert job.code == 0, job.said
+    told = json.loads(job.out)
+    assert set(told) == {"loss", "megabytes", "seconds", "curve"} and told["megabytes"] > 0
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(table({"local_sgd(8)": told}))
+    assert "local_sgd(8)" in shown.getvalue()
