@@ -24,6 +24,7 @@ _HOMES = {
     "CrossEntropy": "hybridpar.tensor.loss",
     "DataLoader": "hybridpar.data",
     "DistributedOptimizer": "hybridpar.optim.distributed",
+    "EMA": "hybridpar.optim.ema",
     "Mesh": "hybridpar.mesh",
     "ParallelModel": "hybridpar.engine",
     "Skip": "hybridpar.pipeline.skip",

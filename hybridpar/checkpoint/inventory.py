@@ -105,6 +105,8 @@ def _tell(given: Parts, mine: dict[tuple[str, str], Held], goal: str) -> _Told:
     world, unsplit = given.model.world, given.model._unsplit
     homes, here = unsplit.homes, unsplit.mine()
     mine |= {("model", name): held for name, held in here.items() if homes.get(name) == world.place.pipeline}
+    if given.ema is not None:
+        mine |= {("ema", name): (x, unsplit.specs[name]) for name, x in given.ema.averages.items()}
     described, own = [], {("model", name) for name in unsplit.buffers if ("model", name) in mine}
     for number, optimizer in enumerate(given.optimizers):
         kind = optimizer_kind(number)

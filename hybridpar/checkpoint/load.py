@@ -100,6 +100,11 @@ class _Loading:
         names, specs = self._given.names(), self._unsplit.specs
         for number, (optimizer, saved) in enumerate(zip(self._given.optimizers, self._saved_optimizers())):
             optimizers.restore(optimizer, names, saved, self._state(number, optimizer, specs, names))
+        if self._given.ema is not None:
+            stored, averages = told.tensors.get("ema", {}), self._given.ema.averages
+            wanted = {name: (name if name in stored else told.tied.get(name, name), specs[name]) for name in averages}
+            for name, part in self._parts("ema", wanted):
+                averages[name].copy_(part)
         self._given.restore(told.states)
         states = randomness.mine(told.states["randomness"], then, self._world.mesh, self._world.rank)
         randomness.restore(states, self._world.device)

@@ -38,9 +38,9 @@ def save(
     """Write a checkpoint of `parts`, in any order, to the folder `path`; all ranks call it together.
 
     `parts` are the model that hp.parallelize returned and, as far as they are there, optimizers, learning rate
-    schedulers, a GradScaler and an hp.DataLoader. The random generators go with them. `step` is the number of training
-    steps unless given; `metrics` are numbers to choose the best by; `extra` is kept for you (numbers, strings, lists,
-    tuples, dicts, tensors). An earlier checkpoint at `path` is replaced when the new one is complete.
+    schedulers, a GradScaler, an hp.EMA and an hp.DataLoader. The random generators go with them. `step` is the number
+    of training steps unless given; `metrics` are numbers to choose the best by; `extra` is kept for you (numbers,
+    strings, lists, tuples, dicts, tensors). An earlier checkpoint at `path` is replaced when the new one is complete.
 
     With `asynchronous` the call returns when what is to be written is copied; a thread writes it. One such save is
     under way at a time: the next one waits for it. `after` is called on the first rank when the checkpoint is in place.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hybridpar.optim.clip import clip_grad_norm_
 from hybridpar.optim.compression import Compression, Wire
+from hybridpar.optim.matrix import check_cut
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
 from hybridpar.optim.sync.policy import Policy, Together, policy
@@ -64,6 +65,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._policy = policy(sync, model, compression or Compression.none)
         self._check_parameters(optimizer.param_groups)
         self._check_complete()
+        check_cut(optimizer, model)
         _check_together(self._policy, zero)
         for _, p in (named for chunk in model.chunks() for named in chunk):
             forget(p)  # an earlier optimizer may have cut it

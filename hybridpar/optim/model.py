@@ -50,6 +50,10 @@ class Parallel(Protocol):
     scaling: Scaling | None  # that of fp16's losses
     scattered: bool  # whether each replica has its piece of the gradients only
 
+    @property
+    def on_their_own(self) -> bool:
+        """Whether replicas train for themselves, so that their weights may differ."""
+
     def chunks(self) -> Chunks:
         """The parameters that this rank holds and owns, chunk by chunk."""
 

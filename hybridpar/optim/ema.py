@@ -1,0 +1,70 @@
+"""The moving average of a model's weights, each rank its shards: no rank ever holds the whole.
+
+    average = decay * average + (1 - decay) * weight         after each step (Polyak & Juditsky 1992)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hybridpar.optim.model import Parallel
+
+
+class EMA:
+    """The average of `model`'s parameters with `decay`, which begins with the parameters as they are.
+
+    Call `update()` after `optimizer.step()`; within `applied()` the model has the averages in the place of its weights.
+    Buffers (running statistics) stay the model's own. `hp.save` and `hp.load` take it beside the model.
+
+    Raises ValueError for a decay that is none, and in `update` under a sync policy that lets replicas differ.
+
+    Example:
+        >>> ema = hp.EMA(model, decay=0.999)                # doctest: +SKIP
+        >>> optimizer.step(); ema.update()                  # doctest: +SKIP
+        >>> with ema.applied():                             # doctest: +SKIP
+        ...     loss = model.eval_step(batch)
+    """
+
+    def __init__(self, model: Parallel, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: what is kept of the average at each update is at least 0 and less than 1")
+        self.decay, self.updates = decay, 0
+        self._model = model
+        self.averages: dict[str, Tensor] = {
+            name: p.detach().clone() for chunk in model.chunks() for name, p in chunk if p.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights as they are now into the average."""
+        if self._model.on_their_own:
+            raise ValueError(
+                "replicas train for themselves under this sync policy, so their averages would differ: average what "
+                'hp.save keeps after optimizer.meet(), or use sync="allreduce"'
+            )
+        for name, p in self._weights():
+            self.averages[name].lerp_(p, 1 - self.decay)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, the model's weights are the averages: for evaluation, predictions, `full_state_dict`."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, p in self._weights():
+            kept = p.clone()
+            p.copy_(self.averages[name])
+            self.averages[name].copy_(kept)
+
+    def _weights(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for chunk in self._model.chunks() for name, p in chunk if name in self.averages]
