@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 
 from hybridpar.wires.axis import Alone, Axis
-from hybridpar.wires.mpi import MpiAxis
 from hybridpar.wires.world import World
 
 
@@ -47,6 +46,8 @@ def separate(world: World, name: str) -> Axis:
 
 
 def _part(world: World, name: str, colour: int) -> Axis:
+    from hybridpar.wires.mpi import MpiAxis  # starts MPI, which hp.init has done by now
+
     axis = world.peers
     assert isinstance(axis, MpiAxis), "several replicas are ranks of an MPI communicator"
     part = axis.part(name, colour)
