@@ -321,6 +321,9 @@ ENDED = f"{EDGE}\nmpirun detected that one or more processes exited with non-zer
 ENDED += f"  Process name: [[24312,1],2]\n  Exit code:    5\n{EDGE}\n"
 LOST = f"{EDGE}\nORTE has lost communication with a remote daemon.\n\n  HNP daemon   : [[1,0],0] on node a\n"
 LOST += f"  Remote daemon: [[1,0],1] on node b\n{EDGE}\n"
+UNPACK = "Data unpack would read past end of buffer in file /openmpi-4.1.8/orte/"
+UNKNOWN = "/usr/bin/mpirun: Error: unknown option \"--nonsense\"\nType '/usr/bin/mpirun --help' for usage.\n"
+POLICY = f"{EDGE}\nThe specified mapping policy is not recognized:\n\n  Policy: odd\n\nPlease check it.\n{EDGE}\n"
 OTHER = f"{EDGE}\nThere are not enough slots available in the system\n{EDGE}\n"
 
 
@@ -335,11 +338,19 @@ OTHER = f"{EDGE}\nThere are not enough slots available in the system\n{EDGE}\n"
         (OTHER + KILLED, OTHER + "hybridpar: rank 3 on b was ended by signal 9 (Killed)\n"),
         ("  7%|#\r 14%|##\rlast words", "  7%|#\r 14%|##\rlast words"),
         (f"a\n{EDGE}\nmine\n-\n", f"a\n{EDGE}\nmine\n-\n"),
+        (f"[a:07365] [[7365,0],0] ORTE_ERROR_LOG: {UNPACK}util/show_help.c at line 501\nmine\n", "mine\n"),
+        (POLICY, "hybridpar: mpirun knows no mapping policy odd: see what --mpi-args and OMPI_MCA_* say\n"),
         ("[a:00250] 1 more process has sent help message x\n[a:00250] mine\n", "[a:00250] mine\n"),
     ],
 )
 def test_a_page_of_mpirun_becomes_a_sentence_and_all_else_is_passed_on(text: str, becomes: str, piece: int) -> None:
     assert cleaned(text, piece) == becomes
+
+
+def test_an_option_that_mpirun_does_not_know_becomes_a_sentence() -> None:
+    sentence = "hybridpar: mpirun has no option --nonsense: see what --mpi-args gives, and `mpirun --help`\n"
+    assert cleaned(UNKNOWN) == sentence
+    assert cleaned("[rank 0] hello\n" + UNKNOWN).count("Error: unknown option") == 1  # a script said it
 
 
 # ---- small jobs

@@ -20,6 +20,7 @@ _EDGE = re.compile(rb"-{70,80}\n")
 _LONGEST = 40  # lines
 _LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # a bar of progress, which uses \r, is one
 _PAUSE_SECONDS = 0.2  # after which a line that has begun is passed on
+_UNKNOWN = re.compile(rb'\S*?(mpirun|mpiexec|orterun|prterun): Error: unknown option "([^"]*)"')
 _UNLESS_TOLD = "the page itself"  # it is passed on, unless the reason is known already
 # What is known, and what is said in its place; {0} is the pattern's first group.
 _KNOWN = (
@@ -37,18 +38,23 @@ _KNOWN = (
         "rank {0} was the first to end, with code {1}",
     ),
     (
+        re.compile(r"The specified (\w+) policy is not recognized:\s+Policy: (\S+)"),
+        "mpirun knows no {0} policy {1}: see what --mpi-args and OMPI_MCA_* say",
+    ),
+    (
         re.compile(r"\w+ has lost communication with a remote daemon.*Remote daemon\s*: \S+ on node (\S+)", re.S),
         "host {0} is lost: it or the network between is down",
     ),
 )
 _OPENINGS = re.compile(
-    rb"MPI_ABORT was|Primary job|WARNING: Open MPI failed|An MPI communication peer"
+    rb"MPI_ABORT was|Primary job|WARNING: Open MPI failed|An MPI communication peer|The specified"
     rb"|\w+run (has exited due|noticed|detected)|\w+ has lost"
 )
 _NOISE = re.compile(
     rb"srun: cluster configuration lacks support for cpu binding|\[warn\] Epoll "
     rb"|\[\S+:\d+\] (\d+ more process|Set MCA parameter|PMIX ERROR|plm:rsh: Warning: setpgid"
-    rb"|.*Out of resource in file .*show_help)"
+    rb"|.*(Out of resource|Data unpack would read past end of buffer) in file .*show_help)"
+    rb"|Type '\S*(mpi|orte|prte)\w+ --help' for (usage|help)"
 )
 # What Slurm tells of a job step that ends since a rank has failed.
 _SLURM = re.compile(
@@ -66,6 +72,7 @@ class Pages:
         self._begun = b""  # a line that has begun, and may be the edge of a page
         self._inside = False  # a line of which a part was passed on
         self.told = False  # that some rank or a sentence of ours has said what happened
+        self.misused = False  # that the launcher has refused its options
 
     def pass_on(self) -> None:
         """Returns at the end of the source."""
@@ -106,6 +113,10 @@ class Pages:
                 self._release()
         elif edge:
             self._page = [line]
+        elif not self.told and (unknown := _UNKNOWN.match(line)):
+            self.misused = True
+            program, option = (word.decode(errors="replace") for word in unknown.groups())
+            self.say(f"{program} has no option {option}: see what --mpi-args gives, and `{program} --help`")
         elif not _NOISE.match(line) and not (self.told and _SLURM.match(line)):
             self.told |= line.startswith(b"[rank ") or b"Traceback" in line
             self._write(line)

@@ -19,6 +19,7 @@ import psutil
 
 from hybridpar.launch.job import Job
 from hybridpar.launch.pages import Pages
+from hybridpar.wires.ending import MISUSED
 
 GRACE_SECONDS = 10.0  # mpirun needs about 3 to end its ranks
 LOST = 75  # as ranks end where a host or a rank falls silent (wires/watchdog.py)
@@ -49,6 +50,8 @@ def start(job: Job, grace_seconds: float = GRACE_SECONDS, output: int | None = N
         process.stderr.close()
     if code == _DAEMON_LOST:
         return LOST
+    if pages.misused:
+        return MISUSED
     if code == -signal.SIGKILL:
         pages.say(f"{os.path.basename(job.command[0])} was killed (signal 9)")
     return code if code >= 0 else 128 - code
