@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -29,6 +30,14 @@ def _said() -> Iterator[None]:
         sys.exit(2 if isinstance(error, ValueError) else getattr(error, "exit_code", 1))
 
 
+def _no_option(context: click.Context, _: click.Parameter, script: str) -> str:
+    """`script`, unless it is an option that the command does not have: those are let through for the script."""
+    if script.startswith("-"):
+        known = [name for one in context.command.params for name in one.opts]
+        raise click.NoSuchOption(script, None, get_close_matches(script, known), context)
+    return script
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hybridpar")
 def main() -> None:
@@ -36,7 +45,7 @@ def main() -> None:
 
 
 @main.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
     epilog=f"""{EXAMPLES}
   hybridpar run -np 4 --tensor 2 examples/gpt.py
   hybridpar run -np 8 --tensor 2 --pipeline 2 train.py --steps 100
@@ -44,7 +53,7 @@ def main() -> None:
   hybridpar run --hostfile hosts -np 16 --pipeline 4 --dry-run train.py
 """,
 )
-@click.option("-np", "ranks", type=int, help="How many ranks to start; all slots of the hosts if left out.")
+@click.option("-np", "ranks", type=int, help="How many ranks; else the hosts' slots, or the product of the degrees.")
 @click.option("--tensor", type=int, help="Ranks along the tensor axis.")
 @click.option("--pipeline", type=int, help="Ranks along the pipeline axis.")
 @click.option("--data", type=int, help="Ranks along the data axis; the rest if left out.")
@@ -121,7 +130,7 @@ def run(
 @click.option("--fp64/--no-fp64", "double", default=True, help="Also run it in fp64, which tells bugs from rounding.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for these steps; then it hangs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.argument("script")
+@click.argument("script", callback=_no_option)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def verify(
     ranks: int | None,

@@ -93,9 +93,17 @@ def test_degrees_that_do_not_fit_are_wrong_use(script: Path, arguments: tuple[st
 
 
 def test_a_script_that_is_not_there_is_wrong_use() -> None:
-    code, text = said("run", "-np", "2", "nowhere.py")
+    for arguments in (("-np", "2"), ()):
+        code, text = said("run", *arguments, "nowhere.py")
+        assert code == 2
+        assert "there is no script 'nowhere.py'" in text
+
+
+@pytest.mark.parametrize("command", ["run", "verify"])
+def test_a_mistyped_option_is_no_script(script: Path, command: str) -> None:
+    code, text = said(command, "--tensr", "2", str(script))
     assert code == 2
-    assert "nowhere.py" in text
+    assert "No such option" in text and "--tensr" in text and "--tensor" in text
 
 
 def test_without_horovod_the_way_out_is_named(script: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import hybridpar as hp
 from hybridpar.install.probe import prefix, scripts
 from hybridpar.launch import lines
-from hybridpar.launch.hosts import Host, allocated, expand, parse, read
+from hybridpar.launch.hosts import Host, allocated, expand, parse, read, read_file
 from hybridpar.launch.interfaces import shared_networks
 from hybridpar.launch.job import Job, plan
 from hybridpar.launch.pages import Pages
@@ -124,6 +124,12 @@ def test_a_line_of_a_hostfile_that_is_no_host_is_named() -> None:
 
 
 # ---- placement
+
+
+def test_a_hostfile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\x7fELF\xd0\xd0")
+    with pytest.raises(ValueError, match="hosts is no text"):
+        read_file(tmp_path / "hosts")
 
 
 @given(tensor=st.integers(1, 8), groups=st.integers(1, 12), slots=st.lists(st.integers(1, 12), min_size=1, max_size=5))
@@ -264,6 +270,7 @@ def test_binding_leaves_each_rank_the_cores_of_its_threads() -> None:
         ({"hosts": "a", "hostfile": "h"}, "give one"),
         ({"threads": 0}, "--threads 0"),
         ({"ssh_port": 70000}, "--ssh-port 70000"),
+        ({"mpi_args": '"open'}, "--mpi-args '\"open' cannot be split into options .no closing quotation"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(asked: dict[str, object], sentence: str) -> None:
@@ -281,6 +288,17 @@ def test_how_many_ranks_must_be_known(script: Path) -> None:
     with pytest.raises(ValueError, match="how many ranks"):
         planned(script)
     assert planned(script, hosts="a:2,b:2").mesh.size == 4
+    assert planned(script, hosts="a:2,b:2", tensor=2).mesh.data == 2
+    assert planned(script, tensor=2, pipeline=2).mesh == Mesh(pipeline=2, tensor=2)
+    assert planned(script, data=3).mesh == Mesh(data=3)
+    with pytest.raises(ValueError, match="tensor=0: a degree"):
+        planned(script, tensor=0)
+
+
+def test_a_variable_that_is_not_set_cannot_be_passed_on(script: Path) -> None:
+    with pytest.raises(ValueError, match="--env FOO: FOO is not set here"):
+        planned(script, 2, sets=(("FOO", None),))
+    assert planned(script, 2, env={"FOO": "1"}, sets=(("FOO", None),)).environment["FOO"] == "1"
 
 
 def test_a_rank_starts_no_job(script: Path) -> None:

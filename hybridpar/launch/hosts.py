@@ -84,8 +84,10 @@ def read_file(path: Path) -> tuple[Host, ...]:
     """The hosts of the hostfile at `path`. Raises ValueError where it cannot be read."""
     try:
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the hostfile {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ValueError(f"the hostfile {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the hostfile {path} is no text: write one line `name slots=4` for each host") from None
     return read(text, str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -65,7 +66,8 @@ def plan(
     """How `command` (a Python script and its arguments) is started on `ranks` ranks.
 
     `scripts` and `prefix` are those of the environment that holds Horovod; degrees, carrier and sync that are None are
-    left to the script. `ranks` that are None are as many as the hosts have slots.
+    left to the script. `ranks` that are None are as many as the hosts have slots, or without hosts as the degrees
+    multiply to.
 
     Raises ValueError where the degrees do not fit the ranks, the ranks the hosts, or the script is not there;
     RuntimeError where Horovod or MPI is not installed.
@@ -77,15 +79,11 @@ def plan(
     wishes = wishes if wishes is not None else Wishes()
     _check_outside(environment)
     given = allocated(environment)
-    hosts = _hosts(wishes, given)
-    if ranks is None and hosts is None:
-        raise ValueError("how many ranks? give -np, or hosts with their slots, as in -H a:4,b:4")
-    ranks = ranks if ranks is not None else sum(host.slots for host in hosts or ())
-    if ranks < 1:
-        raise ValueError(f"-np {ranks}: a job has at least 1 rank")
-    mesh = Mesh.fit(ranks, data=data, pipeline=pipeline, tensor=tensor)
     if not command or not Path(command[0]).is_file():
         raise ValueError(f"there is no script {command[0] if command else ''!r} in {Path.cwd()}: give the path of one")
+    hosts = _hosts(wishes, given)
+    ranks = _count(ranks, hosts, (tensor, pipeline, data))
+    mesh = Mesh.fit(ranks, data=data, pipeline=pipeline, tensor=tensor)
     placement = place(mesh, hosts) if hosts is not None else None
     if placement is not None and is_here([host.name for host in placement.hosts]):
         placement = None
@@ -116,10 +114,26 @@ def _check_outside(environment: Mapping[str, str]) -> None:
         )
 
 
+def _count(ranks: int | None, hosts: Sequence[Host] | None, degrees: Sequence[int | None]) -> int:
+    """How many ranks are started."""
+    if ranks is None and hosts is None:
+        known = [degree for degree in degrees if degree is not None]
+        if not known:
+            raise ValueError("how many ranks? give -np, degrees as in --tensor 2, or hosts as in -H a:4,b:4")
+        return max(1, math.prod(known))  # a degree below 1 is refused with the mesh
+    ranks = ranks if ranks is not None else sum(host.slots for host in hosts or ())
+    if ranks < 1:
+        raise ValueError(f"-np {ranks}: a job has at least 1 rank")
+    return ranks
+
+
 def _environment(
     ready: dict[str, str], told: Mapping[str, object], wishes: Wishes, several: bool, threads: int
 ) -> dict[str, str]:
     """`ready` with what the user sets, what hp.init() is told, and what is known of the cores and the network."""
+    for name, value in wishes.sets:
+        if value is None and name not in ready:
+            raise ValueError(f"--env {name}: {name} is not set here: export it first, or write --env {name}=value")
     ready.update({name: value for name, value in wishes.sets if value is not None})
     ready.update({f"HYBRIDPAR_{name}": str(value) for name, value in told.items() if value is not None})
     if wishes.threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 LAUNCHERS = ("auto", "mpirun", "srun", "horovodrun")
@@ -41,6 +42,13 @@ class Wishes:
             raise ValueError(f"--threads {self.threads}: a rank has at least 1")
         if self.ssh_port is not None and not 0 < self.ssh_port < 65536:
             raise ValueError(f"--ssh-port {self.ssh_port} is no port: 1 to 65535")
+        try:
+            shlex.split(self.mpi_args)
+        except ValueError as error:
+            raise ValueError(
+                f"--mpi-args {self.mpi_args!r} cannot be split into options ({str(error).lower()}): quote it as "
+                "for a shell"
+            ) from None
 
 
 def setting(text: str) -> tuple[str, str | None]:
