@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hybridpar as hp
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.wires.axis import Alone, Axis
+from hybridpar.wires.world import World
 
 # fp64: one addition is right to 1e-16, and the sums here have some thousands of terms in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def opened_alone(seed: int = 0) -> World:
+    """A world of this process alone, whether or not mpirun has started it."""
+    from hybridpar.wires.boot import start_mpi
+
+    start_mpi()  # before mpi4py: an MPI from PyPI has to be told where it is
+    from mpi4py import MPI
+
+    return hp.init(comm=MPI.COMM_SELF, seed=seed)
 
 
 def tensor_axis() -> Axis:

@@ -30,6 +30,7 @@ from hybridpar.checkpoint.stream import DTYPES, Stream
 from hybridpar.checkpoint.writers import WIDTHS, Item, assign
 from hybridpar.cli import main
 from hybridpar.mesh import Mesh
+from tests.against_one import opened_alone
 from tests.models import numbers
 
 # ---- facts
@@ -134,9 +135,7 @@ class Training:
         net: type[nn.Module] | None = None,
         **options: Any,
     ) -> None:
-        from mpi4py import MPI
-
-        self.mesh = hp.init(comm=MPI.COMM_SELF, seed=seed)
+        self.mesh = opened_alone(seed)
         torch.set_num_threads(1)
         module = (Net(hidden) if net is None else net()).double()
         self.model = hp.parallelize(module, self.mesh, nn.MSELoss())
@@ -491,10 +490,8 @@ def test_plain_safetensors_and_weights_read_the_model_part(trained: tuple[Traini
 @pytest.mark.parametrize("tie", [True, False])
 def test_transformers_read_a_checkpoint_and_a_checkpoint_reads_into_theirs(tie: bool, tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")
-    from mpi4py import MPI
-
     config = hf.GPT2Config(vocab_size=33, n_embd=8, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=tie)
-    mesh = hp.init(comm=MPI.COMM_SELF)
+    mesh = opened_alone()
     torch.manual_seed(0)
     model = hp.parallelize(hf.GPT2LMHeadModel(config), mesh, hp.CrossEntropy())
     hp.save(tmp_path / "x", model)

@@ -18,6 +18,7 @@ import hybridpar as hp
 from hybridpar.models.gpt import GPT
 from hybridpar.models.resnet import ResNet
 from hybridpar.tensor.recompute import blocks, chosen
+from tests.against_one import opened_alone
 from tests.models import gpt, mine, numbers, tokens
 from tests.ranks import ranks
 
@@ -142,9 +143,7 @@ def test_synchronised_norms_and_cut_convolutions_are_repeated(degrees: dict[str,
 
 def kept_bytes(wish: Any) -> int:
     """Bytes that one forward leaves for its backward, without the weights."""
-    from mpi4py import MPI
-
-    mesh = hp.init(comm=MPI.COMM_SELF, seed=3)
+    mesh = opened_alone(seed=3)
     model = hp.parallelize(GPT(11, 32, 4, 4, 64), mesh, hp.CrossEntropy(), recompute=wish)
     (stage,), weights = model._stages.values(), {p.data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
