@@ -379,11 +379,26 @@ def test_uses_of_a_tied_weight_tell_which_is_lost() -> None:
         ((3 + 12 + 16) / 10, "missing microbatch", "microbatch 1 is missing"),
         (2 * 3.5, "doubled reduction", "2 times too large"),
         (0.5 * 3.5, "scaled", "0.5 times"),
+        (3.5 * 1.00004, "unknown", ""),
     ],
 )
 def test_a_loss_tells_how_its_microbatches_were_weighed(loss: float, key: str, words: str) -> None:
     cause = likely(facts("loss", "", parts=PARTS, loss=loss, reference_loss=3.5))
     assert (cause.key, words in cause.words) == (key, True), cause
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_told_so_and_not_by_counts_that_are_equal() -> None:
+    even = [Part(0, 3.0, 1.0), Part(0, 3.0, 2.0)]
+    known = {"parts": even, "loss": 1.5, "reference_loss": 3.0}
+    cause = likely(Facts("loss", "", 0, (1, 1, 2), [(0, 0, 0), (0, 0, 1)], wrong=[[""]] * 2, held=[1] * 2, **known))
+    assert cause.key == "no mean over samples" and "gives 3 for the whole batch" in cause.words
+
+
+@pytest.mark.parametrize("factor", [0.999991, 1.0, 1.0001])
+def test_a_factor_of_nearly_one_is_no_cause(factor: float) -> None:
+    assert likely(facts("loss", "", divergence=divergence(ratio=factor, residual=0.0))).key == "unknown"
+    assert likely(facts("gradients", parts=PARTS, fits=fits(*[factor] * 4))).key == "unknown"
+    assert likely(facts("updated parameters", fits=[Fit((factor,), 0.0)] * 4)).key == "unknown"
 
 
 def divergence(**known: Any) -> Divergence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from hybridpar.proof.facts import CLOSE, Cause, Divergence, Facts, Mask, Part, module_of, near
+from hybridpar.proof.facts import CLOSE, Cause, Divergence, Facts, Mask, Part, module_of, near, told_by
 from hybridpar.proof.gradients import EVEN, counts, tied, unlike_averages, unsummed
 
 
@@ -105,7 +105,9 @@ def first_module(facts: Facts) -> Cause | None:
         return _at(one, "missing", "is zero: nothing has come from the other stage")
     if one.twin < CLOSE:
         return _at(one, "wrong slice", "belongs to another tensor index: it is the wrong slice")
-    return _at(one, "scaled", f"is {one.ratio:.6g} times what it should be") if one.residual < CLOSE else None
+    if one.residual < CLOSE and told_by(one.ratio):
+        return _at(one, "scaled", f"is {one.ratio:.6g} times what it should be")
+    return None
 
 
 def _at(one: Divergence, key: str, words: str) -> Cause:
@@ -125,6 +127,8 @@ def weighed_loss(facts: Facts) -> Cause | None:
     whole = sum(p.counted * p.loss for p in parts)
     replicas = [[p for p in parts if p.replica == d] for d in range(facts.degrees[0])]
     means = [sum(p.counted * p.loss for p in r) / s for r in replicas if (s := sum(p.counted for p in r))]
+    if near(loss, whole / total):
+        return _no_mean(facts, whole / total)
     if near(loss, fmean(p.loss for p in parts)):
         return Cause("unequal microbatches", EVEN.format(what="loss", counts=counts(parts)))
     if near(loss, fmean(means)):
@@ -138,15 +142,25 @@ def weighed_loss(facts: Facts) -> Cause | None:
         rest = whole - p.counted * p.loss
         if near(loss, rest / total) or total > p.counted and near(loss, rest / (total - p.counted)):
             return Cause("missing microbatch", f"microbatch {m} is missing in the loss", microbatch=m)
-    if facts.divergence is not None:
-        return None
     factor = loss / (whole / total)
+    if facts.divergence is not None or not told_by(factor):
+        return None
     axis = {facts.degrees[2]: "tensor", facts.degrees[0]: "data", facts.degrees[1]: "pipeline"}.get(round(factor))
     if near(factor, round(factor)) and round(factor) > 1 and axis:
         return Cause("doubled reduction", f"the loss is summed over the {axis} axis once too often: it is "
                      f"{round(factor)} times too large")  # fmt: skip
     return Cause("scaled", f"the modules' outputs are right and the loss is {factor:.6g} times what it should be: look "
                  "at the weights of the microbatches and at what the loss divides by")  # fmt: skip
+
+
+def _no_mean(facts: Facts, mean: float) -> Cause | None:
+    """The run's loss is the mean of its microbatches', which is not the loss of the whole batch."""
+    if near(facts.reference_loss, mean):
+        return None
+    return Cause("no mean over samples", f"the loss is the mean over its microbatches, {mean:.6g}, and the function "
+                 f"gives {facts.reference_loss:.6g} for the whole batch: one that sums, or that leaves out samples by "
+                 "a mask of its own, is no mean over samples, and depends on how the batch is cut; use "
+                 "hp.CrossEntropy(), whose ignored tokens do not count, or divide by the number of samples")
 
 
 # ---- buffers and updates
@@ -192,6 +206,8 @@ def scaled_update(facts: Facts) -> Cause | None:
                      "whole tensor what it should compute over all shards, or weights were changed after its step")
     if near(fit.factor, 0):
         return Cause("not updated", f"{facts.name} has a gradient and keeps its value", module_of(facts.name))
+    if not told_by(fit.factor):
+        return None
     return Cause("update", f"gradients are right and the update is {fit.factor:.6g} times what it should be")
 
 

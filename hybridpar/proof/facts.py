@@ -8,6 +8,7 @@ from math import isfinite
 from statistics import fmean
 
 CLOSE = 1e-5  # a hypothesis holds where it leaves no more than this; the facts are in fp64, or nearly
+_PLAIN = 2e-4  # a factor nearer to 1 is what a small error somewhere else looks like
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ class Facts:
 
 def near(a: float, b: float) -> bool:
     return isfinite(a) and isfinite(b) and abs(a - b) <= CLOSE * max(1.0, abs(a), abs(b))
+
+
+def told_by(factor: float) -> bool:
+    """Whether `factor` explains anything: nearly 1 is no cause.
+
+    Example:
+        >>> told_by(0.999991), told_by(0.5)
+        (False, True)
+    """
+    return abs(factor - 1) > _PLAIN
 
 
 def module_of(name: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from hybridpar.proof.facts import CLOSE, Cause, Facts, Part, module_of, near
+from hybridpar.proof.facts import CLOSE, Cause, Facts, Part, module_of, near, told_by
 
 EVEN = "every microbatch counts the same in the {what}, though they count {counts}"
 
@@ -30,6 +30,8 @@ def unlike_averages(facts: Facts) -> Cause | None:
     if not fits or any(fit is None or not fit.holds for fit in fits.values()):
         return None
     data, _, tensor = facts.degrees
+    if not any(told_by(c) for fit in fits.values() for c in fit.coefficients):
+        return None
     rank, fit = next(iter(fits.items()))
     everything = all(len(facts.wrong[r]) == facts.held[r] for r in wrong) and len(wrong) == len(facts.places)
     factors = {r: f.factor for r, f in fits.items()}
