@@ -20,6 +20,7 @@ from hybridpar.launch.interfaces import shared_networks
 from hybridpar.launch.job import Job, plan
 from hybridpar.launch.pages import Pages
 from hybridpar.launch.placement import Placement, place
+from hybridpar.launch.reach import checked
 from hybridpar.launch.wishes import Wishes, setting
 from hybridpar.mesh import Mesh
 
@@ -314,6 +315,12 @@ def test_networks_of_containers_are_left_out() -> None:
     assert shared_networks({"a": a, "b": b}) == ("10.0.0.0/24",)
     assert shared_networks({"a": a[:1], "b": b[:1]}) == ()  # nothing to leave out
     assert shared_networks({"a": ["10.0.0.1/24"], "b": ["10.9.0.1/24"]}) == ()  # routed: MPI knows better
+
+
+def test_a_network_interface_that_is_not_there_is_refused_with_those_that_are(script: Path) -> None:
+    with pytest.raises(ValueError, match="--network-interface eth77: this host has no interface eth77.*it has .*lo"):
+        checked(planned(script, 2, network_interface="eth77"))
+    assert checked(planned(script, 2, network_interface="lo")).interface == "lo"
 
 
 # ---- mpirun's pages

@@ -28,6 +28,15 @@ def interfaces() -> dict[str, str]:
         >>> interfaces()                                # doctest: +SKIP
         {'10.0.0.11/24': 'eth0', 'fd00::11/64': 'eth0'}
     """
+    return {address: name for address, name in _all().items() if not ipaddress.ip_interface(address).is_loopback}
+
+
+def names() -> list[str]:
+    """The interfaces of this host that have an address, the one to itself too."""
+    return sorted(set(_all().values()))
+
+
+def _all() -> dict[str, str]:
     found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
@@ -42,7 +51,7 @@ def interfaces() -> dict[str, str]:
             digits, _, length, scope, _, name = line.split()
             if scope == _GLOBAL:
                 found[f"{ipaddress.IPv6Address(bytes.fromhex(digits))}/{int(length, 16)}"] = name
-    return {address: name for address, name in found.items() if not ipaddress.ip_interface(address).is_loopback}
+    return found
 
 
 def this_host() -> str:
@@ -82,6 +91,7 @@ def main(folder: str, *files: str) -> None:
         "lacking": lacking,
         "cores": len(os.sched_getaffinity(0)),
         "addresses": list(interfaces()),
+        "interfaces": names(),
     }
     print(json.dumps(told))
 

@@ -30,7 +30,8 @@ class Job:
     """What is started: the mesh of its ranks, the command line, the environment, what of that was added here.
 
     `reach` is the remote shell with its options where hosts have to be reached through one, else (); `program` is the
-    launcher's path. `shares_cores` if the threads of a rank were not asked for, but follow from the cores.
+    launcher's path. `shares_cores` if the threads of a rank were not asked for, but follow from the cores. `interface`
+    is that of the network to keep to, or several with commas between, "" where none was named.
     """
 
     mesh: Mesh
@@ -42,6 +43,7 @@ class Job:
     script: str = ""
     program: str = ""
     shares_cores: bool = True
+    interface: str = ""
 
     def __str__(self) -> str:
         sets = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.added.items())]
@@ -102,7 +104,8 @@ def plan(
     whole = (*line, sys.executable, "-m", "hybridpar.launch.rank", tag, wishes.output_dir or "", *command)
     added = {name: value for name, value in ready.items() if environment.get(name) != value}
     shares = "OMP_NUM_THREADS" not in environment and wishes.threads is None
-    return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares)
+    interface = wishes.network_interface or ""
+    return Job(mesh, whole, ready, added, placement, reach, command[0], line[0], shares, interface)
 
 
 def _check_outside(environment: Mapping[str, str]) -> None:

@@ -32,25 +32,40 @@ class Unreachable(RuntimeError):
 
 @dataclass(frozen=True)
 class Told:
-    """What a host has told: its cores and its addresses with their networks."""
+    """What a host has told: its cores, its addresses with their networks, the names of its network interfaces."""
 
     cores: int
     addresses: tuple[str, ...]
+    interfaces: tuple[str, ...] = ()
 
 
 def checked(job: Job) -> Job:
     """`job` as its hosts let it be: threads for the cores that they have, and the networks that they share.
 
-    Raises Unreachable where a host does not answer, or lacks the working folder, the script or hybridpar.
+    Raises Unreachable where a host does not answer, or lacks the working folder, the script or hybridpar; ValueError
+    where one has no such network interface as the job is to keep to.
     """
+    here = Told(len(os.sched_getaffinity(0)), tuple(interfaces.interfaces()), tuple(interfaces.names()))
+    if job.placement is None or any(is_here([host.name]) for host in job.placement.hosts):
+        _check_interface(job.interface, "this host", here)
     if not job.reach or job.placement is None:
         return job
     names = [host.name for host in job.placement.hosts if not is_here([host.name])]
     files = (os.path.abspath(job.script), sys.executable, job.program)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         told = dict(zip(names, pool.map(lambda name: _ask(job.reach, name, os.getcwd(), files), names)))
-    here = Told(len(os.sched_getaffinity(0)), tuple(interfaces.interfaces()))
+    for name, one in told.items():
+        _check_interface(job.interface, f"host {name}", one)
     return _fitted(job, told, here)
+
+
+def _check_interface(asked: str, where: str, told: Told) -> None:
+    for name in filter(None, asked.split(",")):
+        if name not in told.interfaces:
+            raise ValueError(
+                f"--network-interface {asked}: {where} has no interface {name} with an address: it has "
+                f"{', '.join(told.interfaces)}"
+            )
 
 
 def _fitted(job: Job, told: Mapping[str, Told], here: Told) -> Job:
@@ -104,4 +119,4 @@ def _understood(asked: subprocess.CompletedProcess[str], reach: Sequence[str], n
         raise Unreachable(f"host {name} has no folder {folder}: start in one that all hosts have, or copy it there")
     if told["lacking"]:
         raise Unreachable(f"host {name} has no {told['lacking'][0]}: every host needs the same files at the same paths")
-    return Told(told["cores"], tuple(told["addresses"]))
+    return Told(told["cores"], tuple(told["addresses"]), tuple(told["interfaces"]))
