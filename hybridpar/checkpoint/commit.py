@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,13 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 
-def complete(folder: Path, goal: Path, token: str, told: Manifest, config: str | None) -> None:
-    """Make `folder`, in which all tensors are, the checkpoint `goal`. OSError where the disk does not take it."""
+def complete(
+    folder: Path, goal: Path, token: str, told: Manifest, config: str | None, before: Callable[[], None] | None
+) -> None:
+    """Make `folder`, in which all tensors are, the checkpoint `goal`, after `before` has made way for it.
+
+    OSError where the disk does not take it.
+    """
     beside = {INDEX: index(told)} | ({CONFIG: config} if config is not None else {})
     for name, text in beside.items():
         manifest.write_synced(folder / name, text)
@@ -23,6 +29,8 @@ def complete(folder: Path, goal: Path, token: str, told: Manifest, config: str |
     writing.forget_notes(folder)
     manifest.write_synced(folder / manifest.NAME, told.text())
     manifest.sync_folder(folder)
+    if before is not None:
+        before()
     folders.place(folder, goal, token)
 
 

@@ -4,6 +4,7 @@
     run/.tmp-step-00000400-x/     being written, or what a run that was killed has left
     run/.old-step-00000300-x/     one that is being replaced by another of the same name
     run/.gone-step-00000100-x/    one that is being removed
+    run/aside-step-00000500/      one that the run went back behind, or that is damaged: only its name finds it
 
 A folder is renamed into place when all of it is on the disk, and out of its place before anything of it is removed.
 """
@@ -19,12 +20,14 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 
 from hybridpar.checkpoint import manifest
 
 _STRANGER_SECONDS = 3600.0  # what another host has not touched for so long is nobody's
 _STEP = re.compile(r"step-(\d+)$")
+_ASIDE = "aside-"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -68,7 +71,7 @@ def present(path: Path) -> Path | None:
 def complete(run: Path) -> list[Path]:
     """The complete checkpoints in the folder `run`, the oldest step first."""
     # pathlib's "*" matches .tmp-... too, which may have its manifest already
-    found = {path for path in run.glob("*") if not path.name.startswith(".") and is_complete(path)}
+    found = {path for path in run.glob("*") if not path.name.startswith((".", _ASIDE)) and is_complete(path)}
     for old in run.glob(".old-*"):
         name = old.name.removeprefix(".old-").rpartition("-")[0]
         if not is_complete(run / name):
@@ -76,19 +79,62 @@ def complete(run: Path) -> list[Path]:
     return sorted(found, key=_age)
 
 
-def newest(path: Path) -> Path:
-    """The checkpoint `path`, or the newest complete one in the run's folder `path`.
+def all_placed(run: Path) -> list[Path]:
+    """The complete checkpoints in `run` and the folders of a step that have lost their manifest, the oldest first.
 
-    Raises ValueError where there is none.
+    A manifest is written before the folder gets its name, so one without it is damaged.
+    """
+    several = complete(run)
+    replaced = {plain_name(path) for path in several}
+    lost = [path for path in run.glob("step-*") if _STEP.match(path.name) and path.name not in replaced]
+    return sorted([*several, *(path for path in lost if is_taken(path))], key=_age)
+
+
+def plain_name(path: Path) -> str:
+    """What the checkpoint `path` is called when it is not being replaced.
+
+    Example:
+        >>> plain_name(Path("run/.old-step-00000300-x"))
+        'step-00000300'
+    """
+    return re.sub(r"^\.old-(.*)-[^-]*$", r"\1", path.name)
+
+
+def is_of_a_step(path: Path) -> bool:
+    """Whether `path` has a name that `step_folder` gives."""
+    return _STEP.match(plain_name(path)) is not None
+
+
+def in_the_way(run: Path, step: int, ours: bool) -> list[Path]:
+    """What the checkpoint of `step` cannot follow: later ones, and one of its name unless that is `ours` and whole."""
+    goal = step_folder(run, step).name
+    found = []
+    for path in all_placed(run):
+        same = plain_name(path) == goal
+        if _age(path)[0] > step or (same and not (ours and is_complete(path))):
+            found.append(path)
+    return found
+
+
+def aside(path: Path) -> Path:
+    """The name under which `path` stays without being one of the run's checkpoints any more."""
+    first = path.with_name(_ASIDE + plain_name(path))
+    return next(name for name in chain([first], (Path(f"{first}-{n}") for n in count(2))) if not name.exists())
+
+
+def newest(path: Path) -> Path:
+    """The checkpoint `path`, or the newest one in the run's folder `path`.
+
+    Raises ValueError where there is none, and where the newest has lost its manifest.
     """
     here = present(path)
     if here is not None:
         return here
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint {path} on this host")
-    several = complete(path)
-    if not several:
-        manifest.read(path)  # says what is there instead
+    several = all_placed(path)
+    if not several or not is_complete(several[-1]):
+        manifest.read(several[-1] if several else path)  # says what is there instead
     return several[-1]
 
 
@@ -169,8 +215,7 @@ def _touched(folder: Path, inside: Iterable[Path]) -> float:
 
 def _age(path: Path) -> tuple[int, float]:
     """By step, where the name tells it, else by what the manifest says."""
-    name = re.sub(r"^\.old-(.*)-[^-]*$", r"\1", path.name)
-    told = _STEP.search(name)
+    told = _STEP.search(plain_name(path))
     if told:
         return int(told[1]), path.stat().st_mtime
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -58,12 +58,26 @@ def load(path: str | Path, *parts: Any, verify: bool = True) -> Loaded:
     settle(given)
     found = together(world.everyone, lambda: str(newest(Path(path).absolute())) if world.rank == 0 else "")[0]
     one = _Loading(Path(found), given)
-    one.read(verify)
-    one.check()
-    together(world.everyone, one.restore)
-    told = one.told
-    mesh = Mesh(**told.layout)
-    return Loaded(one.folder, told.step, from_plain(told.states["extra"]), dict(told.metrics), mesh)
+    wrong = one.read(verify)
+    if wrong is not None:
+        raise ValueError(wrong)
+    return one.finish()
+
+
+def load_newest_whole(several: Sequence[Path], given: Parts, verify: bool) -> tuple[Loaded | None, dict[Path, str]]:
+    """Load the last of `several` that is not damaged, and say what is wrong with those after it.
+
+    All ranks call it together, with the same `several`. Nothing is loaded, and None returned, where none is whole.
+    Raises ValueError as `load` does for what is whole and does not fit.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(several):
+        one = _Loading(path, given)
+        wrong = one.read(verify)
+        if wrong is None:
+            return one.finish(), damaged
+        damaged[path] = wrong
+    return None, damaged
 
 
 class _Loading:
@@ -71,10 +85,23 @@ class _Loading:
         self.folder, self._given, self._world = folder, given, given.model.world
         self._unsplit = given.model._unsplit
 
-    def read(self, verify: bool) -> None:
-        """The manifest, and whether the files are those that it speaks of."""
-        self.told = self._manifest()
-        together(self._world.everyone, lambda: self._look(verify))
+    def read(self, verify: bool) -> str | None:
+        """The manifest, and whether the files are those that it speaks of: on all ranks what is wrong, if anything."""
+        told: list[Manifest] = []
+        wrong = self._first(lambda: _read(told, self.folder))
+        if wrong is not None:
+            return wrong
+        self.told = self._same(told[0])
+        wrong = self._first(lambda: self._flaw(verify))
+        return None if wrong is None else f"{wrong}; load an earlier checkpoint"
+
+    def finish(self) -> Loaded:
+        """Compare, then restore."""
+        self.check()
+        together(self._world.everyone, self.restore)
+        told = self.told
+        mesh = Mesh(**told.layout)
+        return Loaded(self.folder, told.step, from_plain(told.states["extra"]), dict(told.metrics), mesh)
 
     def check(self) -> None:
         """Raise, on all ranks, where the checkpoint is of something else."""
@@ -109,25 +136,29 @@ class _Loading:
         states = randomness.mine(told.states["randomness"], then, self._world.mesh, self._world.rank)
         randomness.restore(states, self._world.device)
 
-    def _manifest(self) -> Manifest:
-        told: list[Manifest] = []
-        stamps = together(self._world.everyone, lambda: _stamp(told, self.folder))
+    def _first(self, work: Callable[[], str | None]) -> str | None:
+        """What the first rank says that says anything."""
+        return next((words for words in together(self._world.everyone, work) if words is not None), None)
+
+    def _same(self, told: Manifest) -> Manifest:
+        stamps = together(self._world.everyone, lambda: (told.step, told.written))
         for rank, stamp in enumerate(stamps):
             if stamp != stamps[0]:
                 raise ValueError(
                     f"{self.folder} is of step {stamp[0]} ({stamp[1]}) for rank {rank} and of step {stamps[0][0]} "
                     f"({stamps[0][1]}) for rank 0: load from a folder that all hosts share, or copy it to all of them"
                 )
-        return told[0]
+        return told
 
-    def _look(self, verify: bool) -> None:
+    def _flaw(self, verify: bool) -> str | None:
         """Sizes of all files; checksums of every n-th one, the ranks together of all."""
         by_size = sorted(self.told.files.items(), key=lambda one: -one[1].size)
         mine = {name for name, _ in by_size[self._world.rank :: self._world.mesh.size]}
         for name, file in by_size:
             wrong = manifest.flaw(self.folder, name, file, deep=verify and name in mine)
             if wrong:
-                raise ValueError(f"{wrong}; load an earlier checkpoint")
+                return wrong
+        return None
 
     def _compare(self) -> list[set[str]]:
         stored, tied = self.told.tensors.get("model", {}), self._unsplit.tied
@@ -227,9 +258,13 @@ class _Whole(Mapping[str, Tensor]):
         return len(self._stored) + len(self._tied)
 
 
-def _stamp(told: list[Manifest], folder: Path) -> tuple[int, str]:
-    told.append(manifest.read(folder))
-    return told[0].step, told[0].written
+def _read(told: list[Manifest], folder: Path) -> str | None:
+    """Put the manifest into `told`, or say how it is damaged."""
+    try:
+        told.append(manifest.read(folder))
+    except manifest.Damaged as error:
+        return str(error)
+    return None
 
 
 def _same_kind(name: str, x: Tensor, one: Stored) -> None:

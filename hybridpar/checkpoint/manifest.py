@@ -22,6 +22,10 @@ VERSION = 1
 _CHUNK_BYTES = 1 << 22
 
 
+class Damaged(ValueError):
+    """A checkpoint was here, and can be read no more."""
+
+
 @dataclass(frozen=True)
 class File:
     """Length in bytes, and CRC-32 of the content."""
@@ -79,15 +83,16 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """The manifest of the checkpoint `folder`.
 
-    Raises ValueError where there is none, or one that is foreign, newer than this version, or damaged.
+    Raises ValueError where it is foreign or newer than this version, and of its kind Damaged where there is none or it
+    cannot be read.
     """
     path = folder / NAME
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint of hybridpar: it has {_there(folder)} and no {NAME}") from None
+        raise Damaged(f"{folder} is no checkpoint of hybridpar: it has {_there(folder)} and no {NAME}") from None
     except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): take an earlier checkpoint") from None
+        raise Damaged(f"{path} cannot be read ({error}): take an earlier checkpoint") from None
     return parse(text, str(path))
 
 
@@ -96,7 +101,7 @@ def parse(text: str, place: str) -> Manifest:
     try:
         told = json.loads(text)
     except ValueError:
-        raise ValueError(f"{place} is damaged: it is no JSON; take an earlier checkpoint") from None
+        raise Damaged(f"{place} is damaged: it is no JSON; take an earlier checkpoint") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise ValueError(f'{place} is foreign: its format is not "{FORMAT}"; load weights by hp.parallelize(weights=)')
     if not isinstance(told.get("version"), int) or told["version"] > VERSION:
@@ -106,7 +111,7 @@ def parse(text: str, place: str) -> Manifest:
         )
     content = told.get("content")
     if not isinstance(content, dict) or told.get("checksum") != _checksum(content):
-        raise ValueError(f"{place} is damaged: its checksum is not that of its content; take an earlier checkpoint")
+        raise Damaged(f"{place} is damaged: its checksum is not that of its content; take an earlier checkpoint")
     return _built(content)
 
 
@@ -119,8 +124,11 @@ def flaw(folder: Path, name: str, file: File, deep: bool = True) -> str | None:
         return f"{path} is lost: the manifest speaks of it"
     if size != file.size:
         return f"{path} is {'truncated' if size < file.size else 'too long'}: {size} bytes instead of {file.size}"
-    if deep and crc_of(path) != file.crc:
-        return f"{path} is corrupted: its CRC-32 is not the one in the manifest"
+    try:
+        if deep and crc_of(path) != file.crc:
+            return f"{path} is corrupted: its CRC-32 is not the one in the manifest"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
     return None
 
 

@@ -33,6 +33,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     extra: Mapping[str, Any] | None = None,
     asynchronous: bool = False,
+    before: Callable[[], None] | None = None,
     after: Callable[[], None] | None = None,
 ) -> Saving:
     """Write a checkpoint of `parts`, in any order, to the folder `path`; all ranks call it together.
@@ -43,7 +44,8 @@ def save(
     strings, lists, tuples, dicts, tensors). An earlier checkpoint at `path` is replaced when the new one is complete.
 
     With `asynchronous` the call returns when what is to be written is copied; a thread writes it. One such save is
-    under way at a time: the next one waits for it. `after` is called on the first rank when the checkpoint is in place.
+    under way at a time: the next one waits for it. On the first rank `before` is called when all is written, to make
+    way for it at `path`, and `after` when the checkpoint is in place.
 
     Raises ValueError for what cannot be kept and for a folder that the hosts do not share, RuntimeError where the disk
     does not take it; nothing that was there before is touched then.
@@ -56,7 +58,7 @@ def save(
     settle(given)
     rest = {"extra": to_plain(dict(extra or {}), "extra"), "metrics": dict(metrics or {})}
     listed = inventory(given, rest, step, str(goal))
-    job = _Job(goal, given, listed, files(listed.items, listed.writers), after)
+    job = _Job(goal, given, listed, files(listed.items, listed.writers), before, after)
     try:
         job.open()
         if asynchronous:
@@ -80,6 +82,7 @@ class _Job:
     given: Parts
     listed: Inventory
     names: Mapping[tuple[str, int], str]
+    before: Callable[[], None] | None
     after: Callable[[], None] | None
     token: str = ""
 
@@ -144,7 +147,7 @@ class _Job:
 
     def _made(self) -> str:
         self.token = folders.new_token()
-        if folders.is_taken(self.goal):
+        if self.before is None and folders.is_taken(self.goal):
             raise ValueError(f"{self.goal} is there and is no checkpoint: save to a new folder, such as run/last")
         try:
             self.goal.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ class _Job:
     def _commit(self, written: Mapping[str, File]) -> None:
         told = self.listed.manifest(written, datetime.now(timezone.utc).isoformat(timespec="seconds"))
         try:
-            commit.complete(self.folder, self.goal, self.token, told, self.listed.config)
+            commit.complete(self.folder, self.goal, self.token, told, self.listed.config, self.before)
         except OSError as error:
             raise RuntimeError(writing.refusal(self.goal, error)) from error
         if self.after is not None:
