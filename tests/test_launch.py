@@ -418,5 +418,34 @@ def test_a_function_that_fails_is_told_with_its_rank(capfd: pytest.CaptureFixtur
         if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
             raise KeyError("boom")
 
-    with pytest.raises(RuntimeError, match="(?s)rank 1 failed:.*KeyError: 'boom'"):
+    with pytest.raises(RuntimeError, match="(?s)rank 1 failed:.*KeyError: 'boom'") as caught:
         hp.run(function, np=2)
+    assert "call.py" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # it is told once
+
+
+def test_what_a_function_cannot_return_is_told() -> None:
+    with pytest.raises(
+        RuntimeError, match="^rank .: the return value, a lock, cannot be pickled .TypeError.*return plain"
+    ):
+        hp.run(lambda: __import__("threading").Lock(), np=2)
+    with pytest.raises(RuntimeError, match="^rank 0 called sys.exit.4., and so has no result"):
+        hp.run(lambda: __import__("sys").exit(4), np=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"args": 1, "np": 2}, "args=1: give the function's arguments in a tuple"),
+        ({"kwargs": 1, "np": 2}, "kwargs=1: .* dict"),
+        ({"np": "2"}, "np='2': the number of ranks is a whole number"),
+        ({"np": 0}, "np=0: the number"),
+        ({"function": 3, "np": 2}, "and 3 is none"),
+        ({"function": (one for one in "a").__next__, "np": 2}, "cannot be pickled .TypeError"),
+        ({"np": 2, "threds": 1}, "hp.run has no argument threds"),
+        ({}, "how many ranks. give np=2"),
+    ],
+)
+def test_arguments_of_hp_run_are_checked_before_anything_starts(asked: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        hp.run(**{"function": print, **asked})  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import traceback
 from multiprocessing.connection import Client, Connection
 
 from hybridpar.wires.address import Place, connected
-from hybridpar.wires.ending import Ending
+from hybridpar.wires.ending import FAILED, INTERRUPTED, Ending
 
 _SECONDS = 10.0  # for each address of the desk
 
@@ -25,17 +25,40 @@ def main() -> None:
 
     told = json.loads(os.environ.pop("HYBRIDPAR_CALL"))
     desk = _connected(Place(**told), bytes.fromhex(os.environ.pop("HYBRIDPAR_CALL_KEY")))
-    desk.send_bytes(str(Ending.installed().rank).encode())
+    ending = Ending.installed()
+    desk.send_bytes(str(ending.rank).encode())
     sys.path[:] = pickle.loads(desk.recv_bytes())  # the function's modules are found there
-    function, args, kwargs = pickle.loads(desk.recv_bytes())
     try:
-        result = cloudpickle.dumps(function(*args, **kwargs))
-    except BaseException:
-        desk.send_bytes(b"failure")
-        desk.send_bytes(traceback.format_exc().encode())
-        raise
+        function, args, kwargs = pickle.loads(desk.recv_bytes())
+        returned = function(*args, **kwargs)
+    except BaseException as error:
+        text, code = _told(error)
+        return _fail(desk, ending, f"rank {ending.rank} {text}", code)
+    try:
+        result = cloudpickle.dumps(returned)
+    except Exception as error:
+        kind, why = type(returned).__name__, f"{type(error).__name__}: {error}"
+        text = (
+            f"rank {ending.rank}: the return value, a {kind}, cannot be pickled ({why}): return plain values or tensors"
+        )
+        return _fail(desk, ending, text, FAILED)
     desk.send_bytes(b"result")
     desk.send_bytes(result)
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What the function did, and the code with which the job ends."""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r}), and so has no result: return, or raise an exception", FAILED
+    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without this module
+    lines = traceback.format_exception(type(error), error, trace)
+    return f"failed:\n{''.join(lines)}", INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+
+
+def _fail(desk: Connection, ending: Ending, text: str, code: int) -> None:
+    desk.send_bytes(b"failure")
+    desk.send_bytes(text.encode())
+    ending.end_untold(code)
 
 
 def _connected(place: Place, key: bytes) -> Connection:

@@ -2,7 +2,7 @@
 
 here                                    each rank (call.py)
 opens a desk (a TCP port, with a key) <-- asks: function, arguments, where modules are found
-waits for the job                     <-- tells its result, or its traceback
+waits for the job                     <-- tells its result, or why there is none
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from multiprocessing.connection import Connection, Listener
 from typing import IO, Any
 
 from hybridpar.install.probe import prefix, scripts
 from hybridpar.launch import call
+from hybridpar.launch.hosts import allocated
 from hybridpar.launch.job import plan
 from hybridpar.launch.reach import checked
 from hybridpar.launch.start import start
@@ -51,7 +52,8 @@ def run(
     `env`-like `sets=(("NAME", "value"),)`. What ranks print appears as the caller's own output. Function, arguments and
     results are pickled (cloudpickle), so functions of a notebook and lambdas are welcome.
 
-    Raises ValueError for degrees or hosts that do not fit, and RuntimeError with the rank's traceback where it fails.
+    Raises ValueError for arguments that do not fit, before anything is started, and RuntimeError with the rank's
+    traceback where it fails, which is told nowhere else.
 
     Example:
         >>> def rank() -> int:
@@ -63,9 +65,17 @@ def run(
         import cloudpickle
     except ImportError as error:
         raise RuntimeError("hp.run needs cloudpickle, which pickles functions: `pip install cloudpickle`") from error
+    _check(function, args, kwargs, np)
     key = secrets.token_bytes(32)
-    order = cloudpickle.dumps((function, tuple(args), dict(kwargs or {})))
-    wishes = Wishes(hosts=hosts, **options)
+    try:
+        order = cloudpickle.dumps((function, tuple(args), dict(kwargs or {})))
+    except Exception as error:
+        raise ValueError(
+            f"the function or its arguments cannot be pickled ({type(error).__name__}: {error}): make in the function "
+            "what cannot travel"
+        ) from error
+    wishes = _wishes(hosts, options)
+    _check_count(np, wishes, (tensor, pipeline, data))
     with _Desk(key, order, everywhere=hosts is not None or wishes.hostfile is not None) as desk:
         told = {"HYBRIDPAR_CALL": desk.address, "HYBRIDPAR_CALL_KEY": key.hex()}
         environment = {**os.environ, **told}
@@ -74,12 +84,11 @@ def run(
             tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, wishes=wishes,
         )  # fmt: skip
         with _led_to(sys.stdout) as out, _led_to(sys.stderr) as errors:
-            code = start(checked(job), output=out, errors=errors)
+            code = start(checked(job), output=out, errors=errors, elsewhere=lambda: bool(desk.failures))
     if code == _INTERRUPTED:
         raise KeyboardInterrupt
     if desk.failures:
-        rank, text = min(desk.failures.items())
-        raise RuntimeError(f"rank {rank} failed:\n{text}")
+        raise RuntimeError(min(desk.failures.items())[1])
     missing = sorted(set(range(job.mesh.size)) - set(desk.results))
     if code or missing:
         raise RuntimeError(
@@ -88,8 +97,33 @@ def run(
     return [pickle.loads(desk.results[rank]) for rank in range(job.mesh.size)]
 
 
+def _check(function: object, args: object, kwargs: object, np: object) -> None:
+    if not callable(function):
+        raise ValueError(f"hp.run calls a function on each rank, and {function!r} is none: give the function itself")
+    if isinstance(args, str | bytes) or not isinstance(args, Sequence):
+        raise ValueError(f"args={args!r}: give the function's arguments in a tuple, as in hp.run(function, (1,), np=2)")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs={kwargs!r}: give the function's named arguments in a dict, as in {{'width': 16}}")
+    if np is not None and (not isinstance(np, int) or isinstance(np, bool) or np < 1):
+        raise ValueError(f"np={np!r}: the number of ranks is a whole number of at least 1")
+
+
+def _wishes(hosts: str | None, options: Mapping[str, Any]) -> Wishes:
+    known = {field.name for field in fields(Wishes)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"hp.run has no argument {name}: besides np, hosts and the degrees it has {sorted(known)}")
+    return Wishes(hosts=hosts, **options)
+
+
+def _check_count(np: int | None, wishes: Wishes, degrees: Sequence[int | None]) -> None:
+    named = [one for one in (np, wishes.hosts, wishes.hostfile, *degrees) if one is not None]
+    if not named and allocated(os.environ) is None:
+        raise ValueError("how many ranks? give np=2, degrees as in tensor=2, or hosts as in hosts='a:4,b:4'")
+
+
 class _Desk:
-    """Answers ranks while it is open: each gets `order`, and leaves its result (pickled) or its traceback."""
+    """Answers ranks while it is open: each gets `order`, and leaves its result (pickled) or what is to be told."""
 
     def __init__(self, key: bytes, order: bytes, everywhere: bool) -> None:
         self._order, self._open = order, True

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import select
+from collections.abc import Callable
 from contextlib import suppress
 
 _EDGE = re.compile(rb"-{70,80}\n")
@@ -64,10 +65,13 @@ _SLURM = re.compile(
 
 
 class Pages:
-    """Reads from the file number `source` to its end, and writes to `to`."""
+    """Reads from the file number `source` to its end, and writes to `to`.
 
-    def __init__(self, source: int, to: int) -> None:
-        self._source, self._to = source, to
+    `elsewhere` says whether a rank's failure has been told in another way than by what is read here.
+    """
+
+    def __init__(self, source: int, to: int, elsewhere: Callable[[], bool] = bool) -> None:
+        self._source, self._to, self._elsewhere = source, to, elsewhere
         self._page: list[bytes] = []
         self._begun = b""  # a line that has begun, and may be the edge of a page
         self._inside = False  # a line of which a part was passed on
@@ -127,6 +131,7 @@ class Pages:
         for pattern, sentence in _KNOWN:
             found = pattern.search(text)
             if found is not None:
+                self.told = self.told or self._elsewhere()
                 if sentence == _UNLESS_TOLD and not self.told:
                     break
                 self._page = []

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,18 +29,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LEASH = 'read -r _; kill -s TERM -- "-$0"; sleep 6; kill -s KILL -- "-$0"'
 
 
-def start(job: Job, grace_seconds: float = GRACE_SECONDS, output: int | None = None, errors: int = 2) -> int:
+def start(
+    job: Job, grace_seconds: float = GRACE_SECONDS, output: int | None = None, errors: int = 2,
+    elsewhere: Callable[[], bool] = bool,
+) -> int:  # fmt: skip
     """Run `job` and return its exit code, 128 + n where signal n ended it.
 
     SIGINT, SIGTERM and SIGHUP end all of its processes, and what is still there after `grace_seconds` is killed. What
-    it prints goes to the file numbers `output` (None: ours) and `errors`. In another thread than the main one signals
-    are left alone.
+    it prints goes to the file numbers `output` (None: ours) and `errors`; `elsewhere` says whether a failure has
+    been told in another way. In another thread than the main one signals are left alone.
     """
     process = subprocess.Popen(
         job.command, env=dict(job.environment), start_new_session=True, stdout=output, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
-    pages = Pages(process.stderr.fileno(), errors)
+    pages = Pages(process.stderr.fileno(), errors, elsewhere)
     reading = threading.Thread(target=pages.pass_on, daemon=True)
     reading.start()
     with _leash(process.pid):

@@ -124,6 +124,10 @@ class Ending:
         lines = "".join(traceback.format_exception(kind, error, trace)).splitlines(keepends=True)
         self._end(lines, INTERRUPTED if issubclass(kind, KeyboardInterrupt) else FAILED)
 
+    def end_untold(self, code: int) -> None:
+        """End the job with `code`, in silence: what happened is told elsewhere."""
+        self._end([], code)
+
     def _install(self) -> None:
         sys.excepthook = self.failed
         threading.excepthook = self._failed_thread
