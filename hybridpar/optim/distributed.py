@@ -219,8 +219,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if missing:
             raise ValueError(
                 f"the optimizer lacks {len(missing)} of the model's parameters ({', '.join(missing[:5])}"
-                f"{', ...' if len(missing) > 5 else ''}): give it model.parameters(), or freeze them with "
-                "requires_grad_(False)"
+                f"{', ...' if len(missing) > 5 else ''}): one optimizer trains them all, with a parameter group for "
+                "each kind, [{'params': ..., 'lr': ...}, ...]; freeze the rest with requires_grad_(False)"
             )
 
 
