@@ -382,6 +382,17 @@ def test_folders_that_are_no_checkpoints_are_refused(trained: tuple[Training, Pa
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_place_where_nothing_can_be_written_is_named_with_the_reason_and_not_with_room(
+    trained: tuple[Training, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file" / "x", "Not a directory|File exists"), (Path("/proc/foo"), "No such file")):
+        with pytest.raises(RuntimeError, match=f"{path} could not be written .({why}).*in which this user can") as told:
+            hp.save(path, *trained[0].parts)
+        assert "room" not in str(told.value) and "bytes" not in str(told.value)
+    assert repr(hp.save(tmp_path / "x", *trained[0].parts)) == f"Saving('{tmp_path / 'x'}', done)"
+
+
 # ---- complete or absent
 
 
@@ -529,7 +540,15 @@ def test_checkpoints_are_listed_shown_verified_and_exported(trained: tuple[Train
     code, out = said("export", path, tmp_path / "m.safetensors")
     assert code == 2 and "m.safetensors is there already" in out
     assert said("export", path, tmp_path / "n", "--dtype", "I8")[0] == 2
-    assert said("list", tmp_path / "nowhere")[0] == 2
+    code, out = said("export", path, tmp_path / "m.bin")
+    assert code == 2 and "m.bin does not end in .safetensors" in out
+    code, out = said("export", path, tmp_path / "nowhere" / "m.safetensors")
+    assert code == 2 and "there is no folder" in out and ".tmp-" not in out
+    assert said("list", tmp_path / "nowhere")[0] == 2 == said("verify", path, tmp_path / "nowhere")[0]
+    told = json.loads(said("show", path, "--json")[1])
+    assert told["extra"] == ["note"] and told["tied"] == {}
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in one.model.full_state_dict().values())
     (path / "notes.txt").touch()
     code, out = said("verify", path)
     assert code == 1 and "notes.txt is foreign: the manifest does not speak of it" in out
@@ -549,6 +568,10 @@ def test_differences_are_told_tensor_by_tensor(trained: tuple[Training, Path], t
     assert said("diff", path, tmp_path / "other", "--model", "--tolerance", 0.3) == (0, "")
     code, out = said("diff", path, tmp_path / "other", "--json", "--model")
     assert code == 1 and [one["name"] for one in json.loads(out)] == ["up.bias"]
+    one.step()
+    hp.save(tmp_path / "later", *one.parts)
+    named = [one["name"] for one in json.loads(said("diff", path, tmp_path / "later", "--json")[1])]
+    assert "step" in named and "steps" not in named
 
 
 def test_a_manifest_reads_what_it_wrote() -> None:

@@ -87,6 +87,10 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
     """Read all files of the checkpoints PATHS and compare sizes and checksums. Exit code 1 if one is not whole."""
     from hybridpar.checkpoint import folders, look
 
+    absent = [str(path) for path in paths if folders.present(path) is None and not path.exists()]
+    if absent:
+        click.echo(f"hybridpar: there is no checkpoint {', '.join(absent)} on this host", err=True)
+        sys.exit(2)
     found: dict[str, list[str]] = {}
     for path in paths:
         try:

@@ -6,10 +6,12 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from hybridpar.checkpoint import folders, manifest, writing
 from hybridpar.checkpoint.manifest import File, Manifest
+from hybridpar.checkpoint.writers import WIDTHS
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -37,8 +39,7 @@ def complete(
 def index(told: Manifest) -> str:
     """Hugging Face's: which tensor of the model is in which file."""
     model = told.tensors.get("model", {})
-    files = {one.file for one in model.values()}
-    total = sum(told.files[file].size for file in files)
+    total = sum(WIDTHS[one.dtype] * prod(one.shape) for one in model.values())
     return json.dumps(
         {"metadata": {"total_size": total}, "weight_map": {name: one.file for name, one in model.items()}}, indent=1
     )

@@ -17,7 +17,8 @@ def export(path: Path, target: Path, dtype: str | None = None, tied: bool = Fals
     `dtype` (such as "BF16") is what floating point tensors become. With `tied`, tied tensors are written under all of
     their names, for loaders that know of no ties; Hugging Face's want one. One tensor is in memory at a time.
 
-    Raises ValueError for an unknown dtype, a damaged checkpoint, and a file that is there already.
+    Raises ValueError for an unknown dtype, a damaged checkpoint, a file that is there already, a folder that is not,
+    and a name that does not end in .safetensors.
 
     Example:
         >>> export(Path("run/step-00000300"), Path("model.safetensors"), dtype="BF16")      # doctest: +SKIP
@@ -27,6 +28,10 @@ def export(path: Path, target: Path, dtype: str | None = None, tied: bool = Fals
     if dtype is not None and (dtype not in DTYPES or not DTYPES[dtype].is_floating_point):
         floating = ", ".join(name for name, one in DTYPES.items() if one.is_floating_point)
         raise ValueError(f"dtype={dtype} is none that floating point numbers can have: {floating}")
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} does not end in .safetensors, by which loaders know the format: name it so")
+    if not target.parent.is_dir():
+        raise ValueError(f"there is no folder {target.parent} to write {target.name} in: make it first")
     if target.exists():
         raise ValueError(f"{target} is there already: remove it, or name another file")
     model = told.tensors["model"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridpar.checkpoint import folders, manifest
 from hybridpar.checkpoint.manifest import Manifest
+from hybridpar.checkpoint.plain import from_plain
 from hybridpar.fill.source import Files
 from hybridpar.shard import Spec
 
@@ -52,6 +53,8 @@ def shown(told: Manifest) -> dict[str, Any]:
         "schedulers": [one["class"] for one in told.states["schedulers"]],
         "loader": told.states.get("loader"),
         "metrics": told.metrics,
+        "tied": told.tied,
+        "extra": [str(key) for key in from_plain(told.states.get("extra", {}))],
         "versions": told.versions,
     }
 
@@ -87,7 +90,10 @@ def differences(left: Path, right: Path, only_model: bool = False) -> Iterator[D
             else:
                 yield from _compared(label, tensor(left, ours, kind, name), tensor(right, theirs, kind, name))
     if not only_model:
-        yield from _states("", {"step": ours.step, **_lasting(ours)}, {"step": theirs.step, **_lasting(theirs)})
+        mine, others = ({"step": told.step, **_lasting(told)} for told in (ours, theirs))
+        if all(one["step"] == one["steps"] for one in (mine, others)):  # unless hp.save was given another
+            mine.pop("steps"), others.pop("steps")
+        yield from _states("", mine, others)
 
 
 def tensor(path: Path, told: Manifest, kind: str, name: str) -> Tensor:

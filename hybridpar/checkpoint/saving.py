@@ -31,6 +31,9 @@ class Saving:
             self._thread.start()
             atexit.register(self._end)  # runs before MPI ends, since it is registered after hp.init
 
+    def __repr__(self) -> str:
+        return f"Saving({str(self.path)!r}, {'done' if self.done else 'under way'})"
+
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once; on the first rank this means that the checkpoint is in its place."""

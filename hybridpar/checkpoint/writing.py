@@ -9,6 +9,7 @@ looks for them, puts the checkpoint in its place. A writer that fails only renam
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from hybridpar.checkpoint.stream import Stream
 from hybridpar.checkpoint.writers import Item
 
 Files = Mapping[str, Sequence[Item]]  # by file name, the tensors in it
+_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what more room, or a larger limit, would mend
 _AHEAD = 2  # tensors gathered and not yet written
 _POLL_SECONDS = (0.005, 0.25)
 _SENTENCE_BYTES = 1024
@@ -55,12 +57,15 @@ def write(folder: Path, files: Files, tensors: Iterator[Tensor], goal: Path) -> 
 
 def refusal(goal: Path, error: OSError, wanted: int = 0) -> str:
     """Why there is no checkpoint, in a sentence."""
-    free = "an unknown number of"
+    failed = f"the checkpoint {goal} could not be written ({error.strerror or error})"
+    if error.errno not in _ROOM:
+        return f"{failed}: all earlier ones are as they were; save to a folder in which this user can write"
+    free = ""
     with suppress(OSError):
-        free = f"{shutil.disk_usage(goal.parent).free:,}"
+        free = f" and {shutil.disk_usage(goal.parent).free:,} are free there"
     return (
-        f"the checkpoint {goal} could not be written ({error.strerror or error}): this rank has {wanted:,} bytes for "
-        f"it and {free} are free there; all earlier ones are as they were; make room or save elsewhere"
+        f"{failed}: this rank has {wanted:,} bytes for it{free}; all earlier ones are as they were; "
+        "make room or save elsewhere"
     )
 
 
