@@ -192,12 +192,82 @@ def test_a_cut_inside_a_checkpoint_is_refused() -> None:
         output.sum().backward()
 
 
-def test_a_turn_that_depends_on_what_another_stage_computed_is_refused() -> None:
-    def turn(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
-        return block(x) if float(x.detach().sum()) > -1e9 else x
+@pytest.mark.parametrize(
+    ("looks", "name"),
+    [
+        (lambda x: x if x.mean() > -1e9 else -x, "bool"),
+        (lambda x: x * x.detach().sum().item(), "item"),
+        (lambda x: x if max(x.flatten().tolist()) < 1e9 else -x, "tolist"),
+    ],
+)
+def test_a_turn_that_depends_on_what_another_stage_computed_is_refused(
+    looks: Callable[[Tensor], Tensor], name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"stage . .* looks at a value \({name}\) that only an earlier stage has"):
+        through(Loop(lambda x, block, before: looks(block(x))), torch.randint(0, 20, (3, 4)), 5)
 
-    with pytest.raises(ValueError, match="did not call blocks|gives NaN"):
-        through(Loop(turn), torch.randint(0, 20, (3, 4)), 3)
+
+def test_hooks_of_blocks_and_of_their_results_count_once() -> None:
+    def glue(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+        y = block(x)
+        if y.requires_grad:
+            y.register_hook(lambda grad: grad * 2)
+        return y
+
+    module, ids = Loop(glue).double(), torch.randint(0, 20, (3, 4))
+    for block in module.blocks:
+        block.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,))
+        block.register_forward_hook(lambda _, args, output: output * 0.5)
+        block.register_full_backward_hook(lambda _, into, out: (into[0] * 3,))
+    whole = copy.deepcopy(module)
+    whole(ids).square().sum().backward()
+    output, _ = through(module, ids, 3)
+    output.square().sum().backward()
+    for (name, p), q in zip(module.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_result_that_is_changed_in_place_between_two_stages_is_refused() -> None:
+    def glue(x: Tensor, block: nn.Module, before: list[Tensor]) -> Tensor:
+        y = block(x)
+        y += 1
+        return y
+
+    with pytest.raises(ValueError, match=r"blocks.0 gives is changed in place .* on stage 1 .* write x = x \+ y"):
+        through(Loop(glue), torch.randint(0, 20, (3, 4)), 3)
+
+
+def test_what_a_block_hands_on_besides_its_result_is_refused() -> None:
+    class Kept(Loop):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return x + sum(self.blocks[i].kept for i in range(2))
+
+    class Keeps(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.kept = y.square().mean()
+            return y
+
+    module = Kept()
+    module.blocks = nn.ModuleList(Keeps(WIDTH, WIDTH) for _ in range(4))
+    with pytest.raises(ValueError, match=r"blocks.[01] hands a tensor of shape \[\] on by something else than"):
+        through(module, torch.randint(0, 20, (3, 4)), 3)
+
+
+def test_what_transformers_collect_from_all_blocks_is_refused() -> None:
+    class Asked(Loop):
+        def forward(self, ids: Tensor, output_hidden_states: bool = False) -> Tensor:
+            return super().forward(ids)
+
+    ids = torch.randint(0, 20, (3, 4))
+    with pytest.raises(ValueError, match="output_hidden_states=True collects from all blocks"):
+        Skeleton(Asked(), 2, {"ids": ids, "output_hidden_states": True})
+    _, stages = through(Asked(), {"ids": ids}, 2)
+    with pytest.raises(ValueError, match="output_hidden_states=True collects from all blocks"):
+        stages[0](None, {}, {"ids": ids, "output_hidden_states": True})
 
 
 def test_what_cannot_be_watched_is_refused_with_the_way_out() -> None:

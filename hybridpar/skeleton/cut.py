@@ -17,6 +17,7 @@ from torch import nn
 from hybridpar.skeleton.anatomy import dissect
 from hybridpar.skeleton.observe import observe
 from hybridpar.skeleton.parts import homes, live, parts
+from hybridpar.skeleton.reads import check_asked
 from hybridpar.skeleton.stage import SkeletonStage
 
 
@@ -47,6 +48,7 @@ class Skeleton:
                 f"{type(module).__name__} names no chain, so its forward must be watched once to cut it into "
                 f"{stages} stages: give inputs of one small batch as parallelize(..., example=inputs)"
             )
+        check_asked(module, example)
         observation = observe(module, self._anatomy, example)
         self._shadow = observation.shadow
         self._parts = parts(observation.calls, self._anatomy.blocks)

@@ -55,11 +55,15 @@ def observe(module: nn.Module, anatomy: Anatomy, example: Any) -> Observation:
     shadow = on_meta(module)
     try:
         return Observation(_watch(shadow, anatomy, mapped(example, lambda t: t.to("meta"))), shadow)
+    except _HandedOn:
+        raise
     except Exception as meta_error:  # anything that the user's forward may raise
         if any(p.is_meta for p in module.parameters()):
             raise _cannot(module, meta_error) from meta_error
     try:
         return Observation(_watch(module, anatomy, example), shadow)
+    except _HandedOn:
+        raise
     except Exception as error:
         raise _cannot(module, error) from error
 
@@ -86,7 +90,12 @@ def _watch(module: nn.Module, anatomy: Anatomy, example: Any) -> tuple[Call, ...
         watch.leave()
         for m, mode in modes:
             m.training = mode
+    watch.check(tensors(output))
     return (*watch.calls, Call(("", 0), *watch.origin(tensors(output))))
+
+
+class _HandedOn(ValueError):
+    """A unit gives something besides its result."""
 
 
 class _Watch(TorchFunctionMode):
@@ -98,6 +107,7 @@ class _Watch(TorchFunctionMode):
         self._uses: dict[int, frozenset[Result]] = {}
         self._weights: dict[int, frozenset[str]] = {}
         self._kept: list[Tensor] = []  # alive, so that no id is used again
+        self._made: dict[int, Result] = {}  # what is made inside of a unit, until it is its result
         self._inside, self._counts = 0, Counter[str]()
         self.work, self._before = FlopCounterMode(display=False), 0
         self._hooks = []
@@ -121,8 +131,14 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if not self._inside:
-            uses, weights = self.origin([*tensors(args), *tensors(kwargs or {})])
+        inputs = [*tensors(args), *tensors(kwargs or {})]
+        if tensors(output):
+            self.check(inputs)
+        if self._inside:
+            self._made |= {id(t): self.calls[-1].result for t in tensors(output) if id(t) not in self._uses}
+            self._kept += tensors(output)
+        else:
+            uses, weights = self.origin(inputs)
             if uses or weights:
                 changed = tensors(output)
                 if func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") != getattr(
@@ -133,6 +149,18 @@ class _Watch(TorchFunctionMode):
                     self._mark(t, uses, weights)
         return output
 
+    def check(self, inputs: Iterable[Tensor]) -> None:
+        """Raise where one of `inputs` was made inside of another unit than the one that is running, if one is."""
+        here = self.calls[-1].result if self._inside else None
+        for t in inputs:
+            there = self._made.get(id(t), here)
+            if there != here:
+                raise _HandedOn(
+                    f"{there[0]} hands a tensor of shape {list(t.shape)} on by something else than its result (an "
+                    "attribute, a list or a dict that others read), which a pipeline stage would not see: return it, "
+                    "or use pipeline=1"
+                )
+
     def _mark(self, t: Tensor, uses: frozenset[Result], weights: frozenset[str]) -> None:
         self._kept.append(t)
         self._uses[id(t)], self._weights[id(t)] = uses, weights
@@ -141,6 +169,7 @@ class _Watch(TorchFunctionMode):
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             if not self._inside:
                 result = (name, self._counts[name])
+                self.check([*tensors(args), *tensors(kwargs)])
                 self.calls.append(Call(result, *self.origin([*tensors(args), *tensors(kwargs)])))
                 self._before = self.work.get_total_flops()
             self._inside += 1
@@ -156,6 +185,7 @@ class _Watch(TorchFunctionMode):
                 work = float(self.work.get_total_flops() - self._before)
                 self.calls[-1] = replace(self.calls[-1], work=work)
                 for t in tensors(output):
+                    self._made.pop(id(t), None)
                     self._mark(t, frozenset({result}), frozenset())
 
         return leave

@@ -15,6 +15,7 @@ import inspect
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -26,6 +27,7 @@ from hybridpar.microbatch import call, mapped
 from hybridpar.skeleton.anatomy import Anatomy
 from hybridpar.skeleton.freight import pack, tensors, unpack
 from hybridpar.skeleton.observe import Result
+from hybridpar.skeleton.reads import Reads, check_asked
 
 _CHECKED_RUNS = 2
 
@@ -42,6 +44,8 @@ class _Passage:
     made: dict[Result, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     graded: bool = field(default_factory=torch.is_grad_enabled)
+    last: Result | None = None  # the result made last
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # of its tensors, if it moves on
 
 
 class SkeletonStage(nn.Module):
@@ -61,7 +65,8 @@ class SkeletonStage(nn.Module):
     ) -> None:
         super().__init__()
         self.number, self.names = number, tuple(names)
-        self._homes, self._leaving = homes, leaving
+        self._homes, self._leaving, self._moving = homes, leaving, frozenset(leaving or ())
+        self._reads = Reads(number, names)
         self._passage: _Passage | None = None
         self._entered: frozenset[Result] = frozenset()
         self._unchecked = _CHECKED_RUNS
@@ -69,11 +74,14 @@ class SkeletonStage(nn.Module):
 
     def forward(self, inputs: Any, skips: Mapping[str, Tensor], batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """What the next stage needs, as (structure, tensor, ...); of the last stage the module's output."""
+        if self._unchecked:
+            check_asked(self.body, batch)
         received = unpack(inputs[0], inputs[1:]) if self.number else {}
         self._passage, self._entered = _Passage(received), frozenset(received)
         passage = self._passage
         try:
-            output = call(self.body, batch)
+            with self._reads if self._unchecked and self.number else nullcontext():
+                output = call(self.body, batch)
         except _Leave as leave:
             output = None
             traceback.clear_frames(leave.__traceback__)  # ends what the forward had begun: contexts of a checkpoint
@@ -82,6 +90,11 @@ class SkeletonStage(nn.Module):
         if self._leaving is None:
             self._check(tensors(output))
             return output, {}
+        if passage.last in self._moving and any(t._version != before for t, before in passage.versions):
+            raise ValueError(
+                f"what {passage.last[0]} gives is changed in place before the next block is called, on stage "
+                f"{self.number} and once more on the next: write x = x + y there in place of x += y"
+            )
         structure, moving = pack({result: self._found(passage, result) for result in self._leaving})
         self._check(moving)
         return (structure, *moving), {}
@@ -113,7 +126,7 @@ class SkeletonStage(nn.Module):
                 f"{homes[0]}: use stages= to cut where no checkpoint is cut in two, or checkpoint inside it"
             )
         if home < self.number and (passage is None or (name, count) not in passage.received):
-            return poison(args, kwargs)
+            return self._reads.taint(self._reads.aside(poison, (args, kwargs), {}))
         if home < self.number:
             value = passage.received[name, count]
             if passage.graded and not torch.is_grad_enabled() and any(t.requires_grad for t in tensors(value)):
@@ -127,10 +140,16 @@ class SkeletonStage(nn.Module):
                 f"{name} is called on stage {self.number} and was not called at all for the example inputs; give "
                 "example= inputs like those of training"
             )
-        output = own(*args, **kwargs)
-        if passage is not None:  # else a checkpoint computes it again, in the backward pass
-            passage.made[name, count] = output
-        return output
+        output = self._reads.aside(own, args, kwargs)
+        if passage is None:  # a checkpoint computes it again, in the backward pass
+            return output
+        passage.made[name, count], passage.last = output, (name, count)
+        if (name, count) not in self._moving:
+            return output
+        # The user's code goes on with another view: a hook that it puts there is put there on the next stage too.
+        structure, made = pack(output)
+        passage.versions = [(t, t._version) for t in made]
+        return unpack(structure, [t.view_as(t) for t in made])
 
     def _found(self, passage: _Passage, result: Result) -> Any:
         if result in passage.made:
@@ -183,13 +202,11 @@ class SkeletonStage(nn.Module):
     def _unit(self, name: str, unit: nn.Module, shadow: nn.Module, weighs: bool) -> nn.Module:
         if self.number not in self._homes.get(name, (0,)) and not weighs:
             return _StandIn(name, self, shadow, unit)
-        own = _clone(unit)
-        forward, poison = own.forward, _Poison(shadow)
-        if own._compiled_call_impl is not None:  # the gate stays outside of what is compiled
-            forward = _compiler(unit)(forward)
-        # An attribute of this object, not a wrapper around it: names of parameters stay those of the unsplit module.
-        own.forward = lambda *args, **kwargs: self.answer(name, forward, poison, args, kwargs)
-        own._compiled_call_impl = None
+        own, poison = _clone(unit), _Poison(shadow)
+        call_own = own._call_impl if own._compiled_call_impl is None else own._compiled_call_impl
+        # Around the whole call, hooks included: what a hook makes of a result is the result. Not a module around it:
+        # names of parameters stay those of the unsplit module.
+        own._compiled_call_impl = lambda *args, **kwargs: self.answer(name, call_own, poison, args, kwargs)
         return own
 
 
