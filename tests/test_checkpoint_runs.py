@@ -118,6 +118,16 @@ def test_a_damaged_newest_checkpoint_is_told_passed_over_and_kept(
     assert steps(tmp_path) == [2, 5] and aside(tmp_path) == ["aside-step-00000003"]
 
 
+def test_a_whole_checkpoint_that_took_the_name_of_a_damaged_one_stays(tmp_path: Path) -> None:
+    one, checkpoints = saved(tmp_path, 3), hp.Checkpoints(tmp_path, keep=2, asynchronous=True)
+    DAMAGE["bits"](tmp_path / "step-00000003")
+    assert checkpoints.load(*one.parts).step == 2
+    for _ in range(2):
+        one.step()
+        checkpoints.save(*one.parts).wait()
+    assert steps(tmp_path) == [3, 4] and aside(tmp_path) == ["aside-step-00000003"]
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_run_of_which_nothing_is_whole_is_refused_and_never_begun_anew(tmp_path: Path, kind: str) -> None:
     one = saved(tmp_path, 1)

@@ -81,6 +81,7 @@ class Checkpoints:
         def make_way() -> None:
             for path in in_the_way():
                 path.rename(folders.aside(path))
+            self._damaged.clear()  # their names may be those of whole ones from now on
 
         found = together(world.everyone, lambda: list(map(str, in_the_way())) if world.rank == 0 else [])[0]
         if found and world.rank == 0:
@@ -88,12 +89,10 @@ class Checkpoints:
                 f"{self.run} has {', '.join(map(folders.plain_name, map(Path, found)))}, which step {step} does not "
                 "follow: set aside as aside-... when it is saved; they are kept, and hp.load takes them by that name"
             )
-        saving = save(
+        return save(
             goal, *parts, step=step, metrics=metrics, extra=extra,
-            asynchronous=self._asynchronous, before=make_way, after=lambda: self._tidy(goal),
+            asynchronous=self._asynchronous, before=make_way, after=lambda: self._placed(goal),
         )  # fmt: skip
-        self._ours.add(goal)
-        return saving
 
     def load(self, *parts: Any, verify: bool = True) -> Loaded | None:
         """Load the newest whole checkpoint, as `hp.load` does; None, and nothing is changed, if there is none.
@@ -139,8 +138,9 @@ class Checkpoints:
         told = {path: _metrics(path).get(self._best) for path in several} if self._best is not None else {}
         return {path: score for path, score in told.items() if score is not None and score == score}
 
-    def _tidy(self, written: Path) -> None:
+    def _placed(self, written: Path) -> None:
         """On the first rank, when `written` is in its place. What is damaged is neither counted nor removed."""
+        self._ours.add(written)
         if self._keep is None:
             return
         several = [path for path in self.all() if folders.is_of_a_step(path) and (path == written or _sound(path))]
