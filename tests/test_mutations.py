@@ -16,7 +16,7 @@ import hybridpar as hp
 from hybridpar.proof.report import Report
 from hybridpar.proof.verify import verify
 from tests.ranks import ranks
-from tests.trainings import gpt, norms, plain_adam, training
+from tests.trainings import changing, gpt, norms, plain_adam, training
 
 TENSOR, PIPELINE, DATA = {"tensor": 2}, {"pipeline": 2}, {"data": 2}
 
@@ -304,6 +304,30 @@ def test_weights_that_begin_unequal() -> None:
 
     report = found(training(init=DATA, prepared=changed), "unequal start", "blocks.1.mlp.up", "rank 1 begins")
     assert report.finding.rank == 1
+
+
+@ranks(2)
+@pytest.mark.parametrize("axis", ["tensor", "data"])
+def test_weights_that_one_rank_changes_between_steps(axis: str) -> None:
+    def pulled(model: Any) -> None:
+        if model.world.rank == 1:
+            with torch.no_grad():
+                dict(model.named_parameters())["blocks.1.mlp.up.weight"].mul_(0.999)
+
+    words = "rank 1 has changed blocks.1.mlp.up.weight between steps 0 and 1, and rank 0 has not"
+    train = training(init={axis: 2}, stepper=changing(pulled))
+    report = found(train, "unequal change of weights", "blocks.1.mlp.up", words, steps=2)
+    assert (report.finding.kind, report.finding.step, report.finding.rank) == ("weights at the start", 1, 1)
+
+
+@ranks(2)
+def test_a_weight_that_one_rank_freezes() -> None:
+    def half(model: Any) -> None:
+        if model.world.rank == 1:
+            dict(model.named_parameters())["blocks.0.mlp.down.weight"].requires_grad_(False)
+
+    words = "blocks.0.mlp.down.weight is frozen on rank 1 and trained on rank 0"
+    found(training(init=TENSOR, prepared=half), "unequal options", "blocks.0.mlp.down", words)
 
 
 @ranks(2)

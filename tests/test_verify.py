@@ -23,13 +23,13 @@ from hybridpar.cli import main
 from hybridpar.proof.causes import likely, same_mask
 from hybridpar.proof.diagnose import fit
 from hybridpar.proof.facts import Divergence, Facts, Fit, Mask, Part
-from hybridpar.proof.recorder import strayed
 from hybridpar.proof.report import Difference, Finding, Report, first, rows
+from hybridpar.proof.together import Change, changed_apart, frozen_apart, strayed
 from hybridpar.proof.verify import verify
 from tests.jobs import run_command
 from tests.ranks import ranks
 from tests.ranks.launch import CHECKOUT
-from tests.trainings import gpt, norms, numbers, plain_adam, training
+from tests.trainings import changing, gpt, norms, numbers, plain_adam, training
 
 # ---- no false alarm
 
@@ -120,6 +120,34 @@ def test_one_rank_gives_no_alarm() -> None:
 @pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
 def test_two_ranks_give_no_alarm(axis: str) -> None:
     clean({axis: 2})
+
+
+@ranks(2, timeout=200)
+@pytest.mark.parametrize("axis", ["tensor", "pipeline", "data"])
+def test_weights_that_are_changed_alike_between_steps_are_taken_over(axis: str) -> None:
+    def shrunk(model: Any) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.99)
+
+    kept: dict[str, torch.Tensor] = {}
+
+    def loaded_back(model: Any) -> None:
+        if kept:
+            model.load_full_state_dict(kept)
+        kept.update({} if kept else {n: x.clone() for n, x in model.full_state_dict().items()})
+
+    def clamped(model: Any) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.3, 0.3)
+
+    for change in (shrunk, clamped, loaded_back):
+        report = verify(training(init={axis: 2}, stepper=changing(change)), 3)
+        assert report.equal, report.sentence
+        assert report.notes[0].startswith("weights were changed between steps (")
+        assert report.notes[0].endswith(": the reference took them over")
+        kept.clear()
 
 
 @ranks(4, timeout=200)
@@ -443,6 +471,27 @@ def test_ranks_that_do_not_go_together_are_told() -> None:
     assert "different batches in step 3" in strayed([step, ("step", 3, 0, 18, 2)])
     assert "different numbers of microbatches" in strayed([step, ("step", 3, 0, 17, 4)])
     assert strayed([step, ("step", 3, 1, 99, 2)]) == "", "replicas have batches of their own"
+
+
+def test_a_weight_that_some_ranks_freeze_is_told_and_one_that_a_stage_has_alone_is_not() -> None:
+    cause = frozen_apart([(("a.weight",), ("b",)), ((), ("a.weight", "b")), ((), ("a.weight", "b"))])
+    assert cause.words.startswith("a.weight is frozen on rank 0 and trained on ranks 1, 2: ")
+    assert frozen_apart([(("a",), ("b",)), (("c",), ("d",))]) is None
+
+
+def test_changes_between_steps_are_apart_where_replicas_or_most_of_a_shard_are() -> None:
+    kept, moved, other = Change(0, 1, 1, 0.0, 0.0), Change(0, 1, 2, 0.5, 1.0), Change(0, 1, 3, 0.5, 1.0)
+    apart = [one.words for one in changed_apart(2, [{"a": kept}, {"a": moved}])]
+    assert apart[0].startswith("rank 1 has changed a between steps 1 and 2, and rank 0 has not")
+    assert [one.words for one in changed_apart(2, [{"a": other}, {"a": moved}])] == [
+        "ranks 0, 1 have changed a in different ways between steps 1 and 2"
+    ]
+    elsewhere, few = Change(1, 7, 8, 0.5, 1.0), Change(1, 7, 8, 0.5, 0.1)
+    assert not [*changed_apart(2, [{"a": moved}, {"a": elsewhere}])]
+    assert [*changed_apart(2, [{"a": kept}, {"a": elsewhere}])]
+    assert not [*changed_apart(2, [{"a": kept}, {"a": few}])], "a clamp may leave a shard as it is"
+    before = Change(0, 5, 6, 0.5, 1.0)
+    assert not [*changed_apart(2, [{"a": before}, {"a": moved}])], "they were apart before"
 
 
 def test_coefficients_are_found_by_least_squares() -> None:

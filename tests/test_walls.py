@@ -26,6 +26,7 @@ FLOORS = (
         ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
+        + ("proof/together",)
         + ("launch/hosts", "launch/placement", "launch/wishes", "launch/lines", "launch/interfaces", "launch/pages")
         + ("optim/sync/wish",)
         + ("tensor/halo", "checkpoint/manifest", "checkpoint/folders", "checkpoint/writers")
@@ -50,7 +51,7 @@ FLOORS = (
         ("assemble", "engine", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
         + ("checkpoint/parts", "checkpoint/inventory", "checkpoint/commit", "checkpoint/save", "checkpoint/load")
         + ("checkpoint/runs", "checkpoint/look", "checkpoint/export")
-        + ("proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank")
+        + ("proof/between", "proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank")
         + ("watch/watch", "watch/together", "watch/progress"),
         ("torch", "rich"),
     ),

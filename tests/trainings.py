@@ -72,6 +72,23 @@ def horovods(model: Any) -> Any:
     return hvd.DistributedOptimizer(sgd, named_parameters=list(model.named_parameters()))
 
 
+def changing(change: Callable[[Any], None], stepper: Stepper = adam) -> Stepper:
+    """`change(model)` after each step of the optimizer."""
+
+    def wrapped(model: Any) -> Any:
+        optimizer = stepper(model)
+        zero = optimizer.zero_grad
+
+        def after() -> None:
+            change(model)
+            zero()
+
+        optimizer.zero_grad = after
+        return optimizer
+
+    return wrapped
+
+
 def training(
     build: Callable[[], nn.Module] = gpt,
     stepper: Stepper = adam,

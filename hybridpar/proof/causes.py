@@ -28,6 +28,14 @@ def likely(facts: Facts) -> Cause:
 # ---- the start
 
 
+def changed_apart(facts: Facts) -> Cause | None:
+    """Weights that some ranks have changed between steps."""
+    if not facts.apart:
+        return None
+    name, rank, words = next((one for one in facts.apart if one[0] == facts.name), facts.apart[0])
+    return Cause("unequal change of weights", words, module_of(name), rank=rank)
+
+
 def loaded_elsewhere(facts: Facts) -> Cause | None:
     """A shard that is another slice of the whole."""
     if not facts.moved:
@@ -213,7 +221,7 @@ def scaled_update(facts: Facts) -> Cause | None:
 
 _FORWARD: tuple[Callable[[Facts], Cause | None], ...] = (drawn_again, masked, summed_wrongly, first_module)
 _BY_KIND: dict[str, tuple[Callable[[Facts], Cause | None], ...]] = {
-    "weights at the start": (loaded_elsewhere, unequal_start),
+    "weights at the start": (changed_apart, loaded_elsewhere, unequal_start),
     "loss": (*_FORWARD, weighed_loss),
     "gradients": (
         drawn_again, masked, summed_wrongly, unlike_averages, tied, first_module, unsummed

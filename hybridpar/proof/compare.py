@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.global_view import take
+from hybridpar.proof.between import Between, between
 from hybridpar.proof.recorder import Recorder
 from hybridpar.proof.reference import Fed, Reference, Told
 from hybridpar.proof.report import KINDS, Difference
@@ -41,7 +42,7 @@ def fed(recorder: Recorder) -> list[Fed]:
     """What each step was fed, from all ranks; all of them call it together."""
     world, found = recorder.model.world, []
     leader = world.pipeline.index == 0 and world.tensor.index == 0
-    for step in recorder.records:
+    for number, step in enumerate(recorder.records):
         batch = (step.batch, step.microbatches) if leader else None
         batches, fresh, frozen, still, groups = zip(
             *world.everyone.objects((batch, step.fresh, step.frozen, step.still, step.groups))
@@ -55,6 +56,7 @@ def fed(recorder: Recorder) -> list[Fed]:
                 frozenset().union(*still),
                 step.clips,
                 merged(groups, recorder),
+                between(recorder, number),
             )
         )
     return found
@@ -118,6 +120,7 @@ def compared(recorder: Recorder, feeding: Sequence[Fed], noise: Noise) -> list[D
             WEIGHTS: step.weights,
             START: recorder.start,
         }
+        mine += _apart(recorder, feeding[number].between)
         for kind, tensors in wanted.items():
             whole = shared(world, tensors)
             mine += _held_against(recorder, number, kind, here[kind], whole, noise, exact)
@@ -126,6 +129,14 @@ def compared(recorder: Recorder, feeding: Sequence[Fed], noise: Noise) -> list[D
             if replica == world.data.index:
                 mine += _held_against(recorder, number, BUFFERS, step.buffers, whole, noise, exact)
     return [one for part in world.everyone.objects(mine) for one in part]
+
+
+def _apart(recorder: Recorder, found: Between) -> list[Difference]:
+    """The weights that this rank has changed before a step, and others have not, or not so."""
+    rank, records = recorder.model.world.rank, recorder.records
+    mine = [one for one in found.apart if rank in one.changed]
+    sizes = [largest(records[one.step].changed[one.name]) for one in mine]
+    return [Difference(one.step, START, one.name, rank, one.size, 0.0, size) for one, size in zip(mine, sizes)]
 
 
 def reference_start(recorder: Recorder) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ def facts(recorder: Recorder, differences: Sequence[Difference], one: Difference
         **told,
     }
     if one.kind == START:
+        common["apart"] = [(a.name, a.changed[0], a.words) for a in feeding[one.step].between.apart]
         common["moved"] = _moved(recorder, wrong[world.rank], starts(recorder) if world.rank == 0 else {})
     if one.kind in (LOSS, GRADIENTS):
         common["divergence"] = divergence(recorder, watch, one.kind)
@@ -75,6 +76,7 @@ class _Asked:
             ref.step(earlier)
         here = feeding[one.step]
         names = [n for n in names if n not in here.frozen]
+        ref.prepare(here)
         before = {n: p.detach().cpu().clone() for n, p in ref.parameters().items()}
         graded = one.kind == GRADIENTS and here.fresh
         self.shares = ref.shares(here, names) if graded else []
@@ -209,7 +211,7 @@ def _stepping(
     groups = world.everyone.objects(step.groups)
     seen = {n for told in groups for members in told.values() for _, names in members for n in names}
     graded = [n for n, g in step.gradients.items() if g is not None and bool(g.any())]
-    before = recorder.start if one.step == 0 else recorder.records[one.step - 1].weights
+    before = recorder.start if one.step == 0 else recorder.records[one.step - 1].weights | step.changed
     names = [n for n in wrong[world.rank] if f"{n}\0after" in updates and n in step.weights and n in before]
     mine = None
     if names:

@@ -106,6 +106,7 @@ class Facts:
     unseen: Sequence[str] = ()  # trained, with a gradient, in no optimizer
     idle: Sequence[int] = ()  # ranks whose optimizer has not stepped
     options: Sequence[tuple[str, int, object, int, object]] = ()  # that differ between two ranks
+    apart: Sequence[tuple[str, int, str]] = ()  # changed unequally between steps: (name, a rank that did, words)
     moved: Sequence[tuple[int, str, str]] = ()  # (rank, name, which slice it holds)
     masks: Sequence[Mask] = ()
     random: bool = False  # the module gives something else when it is called again

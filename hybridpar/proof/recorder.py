@@ -25,8 +25,10 @@ from hybridpar.fill.fill import fill
 from hybridpar.fill.recipe import record as recipes_of
 from hybridpar.microbatch import fingerprint, mapped, tensors
 from hybridpar.optim.compression import Compression
+from hybridpar.proof.facts import Cause
 from hybridpar.proof.point import Silent, listening
-from hybridpar.proof.watch import Watch
+from hybridpar.proof.together import frozen_apart, strayed
+from hybridpar.proof.watch import Watch, checksum
 from hybridpar.shard import Spec
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Step:
     fresh: bool  # whether gradients of earlier steps were gone
     frozen: tuple[str, ...]  # parameters that ask for no gradient
     still: tuple[str, ...]  # modules in evaluation mode
+    changed: dict[str, Tensor]  # weights that are not what the step before left
     loss: float = 0.0
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)  # after the optimizers
@@ -71,8 +74,10 @@ class Recorder(Silent):
         self.start: dict[str, Tensor] = {}
         self.optimizers: list[torch.optim.Optimizer] = []
         self.strayed = ""  # why ranks could not go on together
+        self.unequal: Cause | None = None  # its cause, where it is known
         self.loaded = False
         self.watch: Watch | None = None
+        self._begun: dict[str, Tensor] = {}  # the weights at the start of the step at hand
         self._closing: list[Callable[[], None]] = []
         self._ready = False
 
@@ -141,14 +146,20 @@ class Recorder(Silent):
         batch = doubled(batch) if self.double else batch
         place = model.world.place
         self._meet(("step", len(self.records), place.data, fingerprint(batch), microbatches))
-        if not self.records:
-            self.start = held(model)
+        frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
+        trained = tuple(name for name, p in model.named_parameters() if p.requires_grad)
+        self.unequal = frozen_apart(model.world.everyone.objects((frozen, trained)))
+        if self.unequal is not None:
+            self.strayed = f"{self.unequal.words}, in step {len(self.records)}"
+            raise Enough
+        self._begun = held(model)
+        self.start = self.start or self._begun
+        changed = changed_since(self.records[-1].weights, self._begun) if self.records else {}
         if self.double:
             _uncompressed(model)
         fresh = not any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
-        frozen = tuple(name for name, p in model.named_parameters() if not p.requires_grad)
         still = tuple(name for name, module in named_modules(model) if not module.training)
-        self.records.append(Step(batch, microbatches, model.steps, fresh, frozen, still))
+        self.records.append(Step(batch, microbatches, model.steps, fresh, frozen, still, changed))
         if self.watched == len(self.records) - 1:
             self.watch = Watch(model._draw, model.world.tensor)
             self.watch.attach(named_modules(model) if self.deeply else ())
@@ -228,7 +239,7 @@ class Recorder(Silent):
     def _after_step(self) -> None:
         """Where no optimizer has stepped the weights are what they were."""
         if self.records and not self.records[-1].weights:
-            self.records[-1].weights = held(self.model)
+            self.records[-1].weights = self._begun
 
     def _groups(self, optimizer: torch.optim.Optimizer) -> list[Group]:
         if self.model is None or not self.records:
@@ -255,30 +266,6 @@ class Recorder(Silent):
             raise Enough
 
 
-def strayed(told: list[tuple[Any, ...]]) -> str:
-    """In words, why ranks that say ("end",) or ("step", number, replica, fingerprint, microbatches) do not agree.
-
-    Example:
-        >>> strayed([("step", 0, 0, 17, 2), ("step", 0, 0, 18, 2)])
-        'ranks 0 and 1 are in one replica (data index 0) and were given different batches in step 0'
-    """
-    ended = [rank for rank, one in enumerate(told) if one[0] == "end"]
-    if ended and len(ended) < len(told):
-        other = next(rank for rank, one in enumerate(told) if one[0] == "step")
-        return f"rank {ended[0]} has ended its training and rank {other} goes on to step {told[other][1]}"
-    first: dict[int, int] = {}
-    for rank, one in enumerate(told):
-        if one[0] == "step":
-            leader = first.setdefault(one[2], rank)
-            if one[3:] != told[leader][3:]:
-                what = "batches" if one[3] != told[leader][3] else "numbers of microbatches"
-                return (
-                    f"ranks {leader} and {rank} are in one replica (data index {one[2]}) and were given different "
-                    f"{what} in step {one[1]}"
-                )
-    return ""
-
-
 def filled(module: nn.Module, device: torch.device, weights: Any, init: Any) -> nn.Module:
     """`module`, with the values that `hp.parallelize` would give its shards."""
     recipes = recipes_of(module)
@@ -291,6 +278,11 @@ def filled(module: nn.Module, device: torch.device, weights: Any, init: Any) -> 
 def held(model: ParallelModel) -> dict[str, Tensor]:
     """A copy of this rank's weights."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+
+
+def changed_since(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `now` that have other bits than they had before; NaNs are the same NaNs."""
+    return {n: x for n, x in now.items() if not torch.equal(before[n], x) and checksum(before[n]) != checksum(x)}
 
 
 def doubled(batch: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from hybridpar.loss import _known, logits
 from hybridpar.microbatch import call, split_batch, to_device
+from hybridpar.proof.between import Between
 from hybridpar.proof.recorder import Group, doubled, doubled_loss
 from hybridpar.proof.watch import Watch
 from hybridpar.seeds import Draw
@@ -36,7 +37,7 @@ _ENDLESS = 2**62  # samples that came before: any number of microbatches is allo
 @dataclass(frozen=True)
 class Fed:
     """What a step was fed, over all replicas: (batch, microbatches) of each; what was frozen, what was in evaluation
-    mode, and what was done to the gradients."""
+    mode, what was done to the gradients, and to the weights before it."""
 
     batches: Sequence[tuple[Any, int]]
     number: int
@@ -45,6 +46,7 @@ class Fed:
     still: frozenset[str]
     clips: Sequence[tuple[str, float, float]]
     groups: Mapping[int, Sequence[Group]]
+    between: Between = Between()
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Reference:
 
     def step(self, fed: Fed, watch: Watch | None = None) -> Told:
         """Make the step that the run has made."""
-        self._prepare(fed)
+        self.prepare(fed)
         with self._typed():
             value, micros = self._forward(fed, watch)
             value.backward()
@@ -119,7 +121,12 @@ class Reference:
         weights = {n: p.detach().cpu().clone() for n, p in named.items()}
         return Told(float(value.detach()), gradients, weights, self._buffers, micros)
 
-    def _prepare(self, fed: Fed) -> None:
+    def prepare(self, fed: Fed) -> None:
+        """Be as the run was when it began the step; what is done already stays so."""
+        parameters = self.parameters()
+        with torch.no_grad():
+            for name, x in (fed.between.weights or {}).items():
+                parameters[name].copy_(x)
         for name, p in self.module.named_parameters():
             p.requires_grad_(name not in fed.frozen)
         for name, module in self.module.named_modules():
@@ -129,7 +136,7 @@ class Reference:
 
     def shares(self, fed: Fed, names: Sequence[str]) -> list[dict[str, Tensor]]:
         """The gradient of the loss of each microbatch alone, weighed as it counts in the whole; they add up to it."""
-        self._prepare(fed)
+        self.prepare(fed)
         kept, parameters, found = copy.deepcopy(self.module.state_dict()), self.parameters(), []
         with self._typed():
             parts = self._parts(fed)
@@ -145,7 +152,7 @@ class Reference:
 
     def uses(self, fed: Fed, name: str) -> dict[str, Tensor]:
         """The gradient that each of a tied parameter's uses contributes, by the names under which they use it."""
-        self._prepare(fed)
+        self.prepare(fed)
         first = self.parameters()[name]
         names = [other for other, p in self.parameters().items() if p is first]
         untied = {other: nn.Parameter(first.detach().clone()) for other in names}

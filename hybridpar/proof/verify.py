@@ -70,6 +70,7 @@ class _Verification:
         self._randomness = (torch.get_rng_state(), random.getstate())
         self._noise: Noise = {}
         self._mesh, self._made, self._first = "", 0, False
+        self._taken: list[str] = []  # weights that the reference has taken over from the run
 
     def report(self) -> Report:
         recorder = self._record(Recorder(self._steps), "as it is")
@@ -80,6 +81,9 @@ class _Verification:
         name = "fp64" if exact else next(iter(recorder.start.values())).dtype.__str__().removeprefix("torch.")
         found = self._compared(recorder, f"as it is ({name})")
         shown, decides, said = rows(name, found), found, not exact and self._double
+        if self._taken:
+            more = f" and {len(self._taken) - 1} more" if self._taken[1:] else ""
+            notes += (f"weights were changed between steps ({self._taken[0]}{more}): the reference took them over",)
         if said:
             self._tell(recorder, Report(self._mesh, self._made, shown, _bare(first(found)), notes))
             again = self._record(Recorder(self._steps, double=True), "in fp64")
@@ -109,7 +113,9 @@ class _Verification:
     def _compared(self, recorder: Recorder, how: str) -> list[Difference]:
         if self._first:
             self._say(f"the same in one process, {how}")
-        found = compared(recorder, fed(recorder), self._noise)
+        feeding = fed(recorder)
+        self._taken = list(dict.fromkeys(name for one in feeding for name in one.between.names))
+        found = compared(recorder, feeding, self._noise)
         recorder.close()
         return found
 
@@ -138,8 +144,9 @@ class _Verification:
         recorder.close()
         step = len(recorder.records)
         key = "unequal data order" if "given different" in recorder.strayed else "unequal number of steps"
+        cause, kind = recorder.unequal or Cause(key, recorder.strayed), "gradients" if recorder.unequal else "batches"
         sentence = f"The run cannot equal one process: {recorder.strayed}."
-        finding = Finding("batches", "", step, 0, None, 0.0, 0.0, key, sentence)
+        finding = Finding(kind, cause.module or "", step, cause.rank or 0, None, 0.0, 0.0, cause.key, sentence)
         report = Report(self._mesh, step, (), finding, ())
         self._tell(recorder, report)
         return report
