@@ -261,6 +261,96 @@ def test_code_that_is_not_understood_leaves_its_layers_whole(way: str) -> None:
     assert derive(Folded("none"), 2)["up"] == "column"  # branches that are never taken do not count
 
 
+def noise(*_: object) -> None:
+    """A user's hook."""
+
+
+@pytest.mark.parametrize(
+    "where, hook",
+    [
+        ("up", lambda one: one.register_forward_hook(noise)),
+        ("between", lambda one: one.register_forward_pre_hook(noise)),
+        ("down", lambda one: one.weight.register_hook(noise)),
+        ("dropout", lambda one: one.register_full_backward_hook(noise)),
+    ],
+)
+def test_layers_with_a_hook_between_them_stay_whole(where: str, hook: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(Mixed(nn.GELU()), Mixed(nn.GELU()))
+    hook(model[1].get_submodule(where))
+    derived = derive(model, 2)
+    assert derived["0.up"] == "column" and derived["1.up"] == derived["1.down"] == "whole"
+    assert f"{where}: it has a " in dict(derived.reasons)["*"] and "(noise)" in dict(derived.reasons)["*"]
+
+
+def test_other_modules_with_hooks_stay_whole_too_and_hooks_around_them_do_not_count() -> None:
+    model = made("bert")
+    model.bert.encoder.layer[0].attention.register_forward_hook(noise)
+    model.bert.encoder.layer[0].attention.self.query.register_forward_hook(noise)
+    model.bert.encoder.layer[1].attention.register_forward_hook(noise)
+    model.bert.encoder.layer[1].intermediate.register_forward_hook(noise)
+    model.get_input_embeddings().register_forward_hook(noise)
+    derived = derive(model, 2)
+    assert "bert.encoder.layer.0.attention" not in derived
+    assert derived["bert.encoder.layer.1.attention"] == "heads"
+    assert derived["bert.encoder.layer.0.intermediate.dense"] == "column"
+    assert derived["bert.encoder.layer.1.intermediate.dense"] == "whole"
+    assert derived["bert.embeddings.word_embeddings"] == derived["cls.predictions.decoder"] == "whole"
+    recurrent = nn.ModuleDict({"rnn": nn.LSTM(4, 4)})
+    recurrent["rnn"].weight_hh_l0.register_hook(noise)
+    assert derive(recurrent, 2)["rnn"] == "whole"
+
+
+class Around(nn.Module):
+    """Takes weights of what is inside its blocks."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.blocks, self.way = nn.ModuleList(Mixed(nn.GELU()) for _ in range(2)), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.way == "loop":
+            x = x + sum(block.up.weight.norm() for block in self.blocks)
+        elif self.way == "index":
+            x = x + self.blocks[0].down.bias.norm()
+        elif self.way == "all":
+            x = x + sum(p.square().sum() for p in self.parameters())
+        elif self.way == "method":
+            x = x + self.penalty()
+        elif self.way == "type":
+            x = x.to(next(self.parameters()).dtype).to(self.blocks[0].up.weight.dtype)
+        return x
+
+    def penalty(self) -> Tensor:
+        return sum(p.norm() for name, p in self.blocks.named_parameters() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    "way, what", [("loop", "weight"), ("index", "bias"), ("all", "parameters"), ("method", "named_parameters")]
+)
+def test_what_a_forward_around_takes_itself_stays_whole(way: str, what: str) -> None:
+    derived = derive(Around(way), 2)
+    assert set(derived.values()) == {"whole", "dropout"}
+    assert f"the forward of Around takes its {what}" in dict(derived.reasons)["blocks.*"]
+
+
+def test_a_forward_that_asks_for_the_type_of_weights_takes_none() -> None:
+    assert derive(Around("type"), 2)["blocks.*.up"] == derive(Around("none"), 2)["blocks.*.up"] == "column"
+
+
+def test_the_reasons_say_what_a_module_is() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.zeros(1, 5, 4))
+
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(2, 2, 2), "stem": nn.Conv2d(2, 2, 3), "tokens": Tokens()})
+    reasons = dict(derive(model, 2).reasons)
+    assert '"conv column" and "conv row", or "space"' in reasons["up"] and reasons["up"] == reasons["stem"]
+    assert reasons["tokens"] == "what Tokens does with its places is not known"
+
+
 @ranks(2)
 def test_plain_modules_are_cut_without_a_plan() -> None:
     axis = tensor_axis()

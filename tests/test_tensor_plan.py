@@ -153,12 +153,64 @@ def test_weights_inside_an_attention_must_be_planned() -> None:
 
 
 def test_modules_without_an_entry_stay_and_are_reported() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LSTM(4, 4), nn.Dropout(0.1))
+    drawing = nn.LSTM(4, 4, num_layers=2, dropout=0.1)
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), drawing, nn.Dropout(0.1), nn.MultiheadAttention(4, 2))
     linear = model[0]
     applied = apply(model, {}, ALONE, Draw(0))
     assert model[0] is linear and isinstance(model[3], Dropout) and applied.logits is None
     assert applied.replicated[0] == ("0", "no entry in the tensor plan")
     assert "draws from torch's generator" in dict(applied.replicated)["2"]
+    assert dict(applied.replicated)["4"] == "no entry in the tensor plan"  # without dropout it draws nothing
+    model.scale = nn.Parameter(torch.ones(4))
+    assert apply(model, {}, ALONE, Draw(0)).replicated[0] == ("the model itself", "no entry in the tensor plan")
+
+
+def shout(*_: object) -> None:
+    """A user's hook."""
+
+
+HOOKS = {
+    "a forward pre-hook": lambda layer: layer.register_forward_pre_hook(shout),
+    "a forward hook": lambda layer: layer.register_forward_hook(shout),
+    "a backward hook": lambda layer: layer.register_full_backward_hook(shout),
+    "a backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(shout),
+    "a hook on its bias": lambda layer: layer.bias.register_hook(shout),
+    "a hook on its weight": lambda layer: layer.weight.register_post_accumulate_grad_hook(shout),
+}
+
+
+@ranks(2)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_what_would_be_cut_is_refused_by_name_and_one_around_it_is_not(kind: str) -> None:
+    model, plan = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)), {"0": "column", "2": "row"}
+    model.register_forward_hook(shout)
+    HOOKS[kind](model[2])
+    with pytest.raises(ValueError, match=rf'2 has {kind} \(shout\), and style "row" .* the style "whole"'):
+        apply(model, plan, tensor_axis(), Draw(0))
+    apply(model, {"0": "whole", "2": "whole"}, tensor_axis(), Draw(0))
+    attention = gpt()
+    HOOKS[kind](attention.blocks[0].attention.out)
+    with pytest.raises(ValueError, match=rf"blocks.0.attention has {kind} \(shout\) at its out"):
+        apply(attention, GPT.tensor_plan, tensor_axis(), Draw(0))
+
+
+def test_on_one_index_a_module_with_a_hook_and_a_dropout_with_one_keep_them() -> None:
+    called = []
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.0), nn.Linear(6, 4))
+    for name in ("0", "1"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    applied = apply(model, {"0": "column", "2": "row"}, ALONE, Draw(0))
+    model(torch.ones(2, 4))
+    assert called == ["0", "1"] and isinstance(model[1], Dropout)
+    assert applied.specs["0.weight"].dim is None
+
+
+@ranks(2)
+def test_a_norm_between_convolutions_without_an_entry_is_refused_when_it_sees_some_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    apply(model, {"0": "conv column", "2": "conv row"}, tensor_axis(), Draw(0))
+    with pytest.raises(ValueError, match='1 has no entry .* 3 of its 6 channels come in: it is "conv norm" if'):
+        model(torch.ones(2, 3, 4, 4))
 
 
 def dropout(p: float = 0.5, **options: object) -> Dropout:

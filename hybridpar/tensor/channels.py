@@ -9,6 +9,8 @@ The buffers have specs too, so that a state dict has the whole of them.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -86,6 +88,29 @@ class ChannelNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.here} of {self.channels}"
+
+
+def guard(module: nn.Module, name: str) -> None:
+    """Refuse a call of `module` with other channels than it has, if it is a norm or a PReLU with a number of them.
+
+    For what stands beside a column and a row convolution without an entry: where it is called is seen then only.
+
+    Example:
+        >>> guard(nn.BatchNorm2d(6), "norm")
+    """
+    if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.PReLU):
+        module.register_forward_pre_hook(functools.partial(_check_channels, name))
+
+
+def _check_channels(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    kinds = (("num_features", _BatchNorm | _InstanceNorm), ("num_channels", nn.GroupNorm), ("num_parameters", nn.PReLU))
+    has = next(getattr(module, what) for what, kind in kinds if isinstance(module, kind))
+    free = isinstance(module, nn.PReLU) and has == 1 or isinstance(module, _InstanceNorm) and not module.state_dict()
+    if not free and args and args[0].dim() > 2 and args[0].shape[1] != has:
+        raise ValueError(
+            f"{name} has no entry in the tensor plan, stands beside a column and a row convolution, and "
+            f'{args[0].shape[1]} of its {has} channels come in: it is "conv norm" if it works between them'
+        )
 
 
 def _channels(norm: nn.Module, axis: Axis, name: str) -> int:

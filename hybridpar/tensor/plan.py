@@ -35,15 +35,13 @@ from torch import nn
 
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
-from hybridpar.tensor import attention, heads, norm, space
+from hybridpar.tensor import attention, channels, heads, hooks, norm, space
 from hybridpar.tensor.derive.plan import Derived
 from hybridpar.tensor.dropout import Dropout, restart
 from hybridpar.tensor.functional import mask_calls
 from hybridpar.tensor.sequence import Sequence
 from hybridpar.tensor.styles import STYLES, Channels, Layer, Site, build
 from hybridpar.wires.axis import Axis
-
-_DRAWS = nn.AlphaDropout | nn.FeatureAlphaDropout | nn.MultiheadAttention | nn.RNNBase | nn.RReLU
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,7 @@ def apply(
     modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
     styles = _match(plan, list(modules), everything=names is None)
     children = {name: child for name, (_, child) in modules.items()}
+    styles = hooks.heed(children, styles, axis.size)
     styles |= heads.inside(children, styles)
     _refuse(children, styles, sequence)
     ties = _ties(module)
@@ -229,6 +228,8 @@ def _refuse_among_channels(name: str, child: nn.Module, styles: Mapping[str, str
             f"{name} has no entry in the tensor plan and stands beside a column and a row convolution: it is "
             f'"{between}" if it works between them, else "{after}"'
         )
+    if {"conv column", "conv row"} <= _beside(styles, name):
+        channels.guard(child, name)
 
 
 def _ties(module: nn.Module) -> list[list[str]]:
@@ -295,12 +296,19 @@ def _replicated(
     """(module, reason) for what the plan does not speak of."""
     found = []
     for local, child in module.named_modules():
-        name = rename(local)
-        if isinstance(child, _DRAWS):
+        name = rename(local) or "the model itself"
+        if _draws(child):
             found.append((name, f"{type(child).__name__} draws from torch's generator: its masks depend on the layout"))
-        elif _style(name, styles) is None and any(True for _ in child.parameters(recurse=False)):
+        elif _style(rename(local), styles) is None and any(True for _ in child.parameters(recurse=False)):
             found.append((name, "no entry in the tensor plan"))
     return tuple(found)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module of torch's draws numbers that no plan makes independent of the layout."""
+    between = isinstance(module, nn.MultiheadAttention) or isinstance(module, nn.RNNBase) and module.num_layers > 1
+    masks = isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout) and module.p > 0
+    return masks or isinstance(module, nn.RReLU) or between and module.dropout > 0
 
 
 def _watch(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybridpar.seeds import Draw
-from hybridpar.tensor import attention, heads, norm, space
+from hybridpar.tensor import attention, heads, hooks, norm, space
 from hybridpar.tensor.channels import ChannelNorm
 from hybridpar.tensor.conv import ConvColumn, ConvGroups, ConvRow
 from hybridpar.tensor.dropout import Cut, Dropout, Held
@@ -140,7 +140,8 @@ def _masked(site: Site, cut: Cut | None) -> nn.Module:
     if not isinstance(site.module, nn.Dropout | Channels):
         raise ValueError(f'{site.name} is a {type(site.module).__name__} and style "dropout" is for nn.Dropout')
     channels = not isinstance(site.module, nn.Dropout)
-    return Dropout(site.module.p, site.name, site.draw, cut, channels).train(site.module.training)
+    mask = Dropout(site.module.p, site.name, site.draw, cut, channels).train(site.module.training)
+    return hooks.carry(site.module, mask)
 
 
 def _conv_column(site: Site) -> nn.Module:

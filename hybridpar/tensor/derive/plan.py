@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
+from hybridpar.tensor import hooks
 from hybridpar.tensor.derive import attention, mlp
+from hybridpar.tensor.derive.flow import elementwise
 from hybridpar.tensor.derive.functional import draws
 from hybridpar.tensor.derive.source import Unsure
+from hybridpar.tensor.derive.taken import taken
 from hybridpar.tensor.derive.vocabulary import vocabulary
 from hybridpar.tensor.gates import checked
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class _Found:
 
     styles: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    taken: Mapping[str, str] = field(default_factory=dict)  # why each must be whole, of what code around it reads
 
     def whole(self, name: str, reason: object) -> None:
         self.reasons.setdefault(name, str(reason))
@@ -80,7 +83,7 @@ def derive(module: nn.Module, tensor: int = 1, logits: str = "gathered") -> Deri
         >>> dict(derive(Up()))                                                # doctest: +SKIP
         {'up': 'column', 'down': 'row'}
     """
-    found = _Found()
+    found = _Found(taken=taken(module))
     _vocabulary(module, tensor, logits, found)
     _blocks(module, "", tensor, found)
     _recurrences(module, tensor, found)
@@ -92,6 +95,8 @@ def _vocabulary(module: nn.Module, tensor: int, logits: str, found: _Found) -> N
     for styles, entries, reason in vocabulary(module, logits):
         if reason is None and entries < tensor:
             reason = f"a vocabulary of {entries} cannot be cut over tensor={tensor}"
+        for name in styles:
+            reason = reason or found.taken.get(name) or _hooked(hooks.on(module.get_submodule(name)))
         found.styles |= dict.fromkeys(styles, "whole") if reason else styles
         if reason:
             found.whole(next(iter(styles)), reason)
@@ -112,10 +117,29 @@ def _blocks(module: nn.Module, name: str, tensor: int, found: _Found) -> None:
             continue
         if pair.features < tensor:
             found.whole(name, f"{pair.features} features cannot be cut over tensor={tensor}")
+        elif reason := _held(module, name, pair.styles, found):
+            found.whole(name, reason)
         else:
             found.styles |= {_join(name, where): style for where, style in pair.styles.items()}
     for leaf, child in module.named_children():
         _blocks(child, _join(name, leaf), tensor, found)
+
+
+def _held(module: nn.Module, name: str, styles: Mapping[str, str], found: _Found) -> str | None:
+    """Why the layers of a pair must be whole: the code around takes their weights, or a hook would see a part."""
+    for where in styles:
+        if reason := found.taken.get(_join(name, where)):
+            return f"{where}: {reason}"
+    between = [leaf for leaf, child in module.named_children() if elementwise(child)]
+    around = dict.fromkeys(where.rpartition(".")[0] for where in styles if "." in where)
+    for where in [*styles, *around, *between]:
+        if reason := _hooked(hooks.on(module.get_submodule(where))):
+            return f"{where}: {reason}"
+    return None
+
+
+def _hooked(hook: str | None) -> str | None:
+    return hook and f"it has {hook}, which would see a part"
 
 
 def _attention(module: nn.Module, name: str, tensor: int, found: _Found) -> None:
@@ -123,6 +147,9 @@ def _attention(module: nn.Module, name: str, tensor: int, found: _Found) -> None
         heads = attention.recognised(module)
         if heads.heads < tensor:
             raise Unsure(f"{heads.heads} heads cannot be cut over tensor={tensor}")
+        reasons = [found.taken.get(_join(name, where)) for where, _ in module.named_modules() if where]
+        if reason := next(filter(None, reasons), None) or _hooked(hooks.inside(module)):
+            raise Unsure(reason)
     except Unsure as reason:
         found.whole(name, reason)
         return
@@ -138,7 +165,10 @@ def _recurrences(module: nn.Module, tensor: int, found: _Found) -> None:
             except ValueError as reason:
                 found.whole(name, reason)
             else:
-                found.styles[name] = "recurrent"
+                reason = found.taken.get(name) or _hooked(hooks.on(child))
+                found.styles[name] = "whole" if reason else "recurrent"
+                if reason:
+                    found.whole(name, reason)
 
 
 def _rest(module: nn.Module, found: _Found) -> None:
@@ -158,13 +188,18 @@ def _rest(module: nn.Module, found: _Found) -> None:
 
 def _unpaired(module: nn.Module) -> str | None:
     """Why a module with matrices stays whole; None where it has none."""
-    largest = max(p.dim() for p in module.parameters(recurse=False))
-    if largest < 2:
+    sizes = {name: [length for length in p.shape if length > 1] for name, p in module.named_parameters(recurse=False)}
+    name = max(sizes, key=lambda name: len(sizes[name]))
+    if len(sizes[name]) < 2:
         return None
     if isinstance(module, nn.Embedding):
         return "an embedding that is not the model's vocabulary"
-    if largest > 2 and not isinstance(module, _CONVOLUTIONS):
-        return f"{type(module).__name__} holds several matrices in one (experts, say)"
+    if isinstance(module, _ConvNd):
+        return 'a convolution is cut by a plan by hand: "conv column" and "conv row", or "space"'
+    if len(sizes[name]) > 2:
+        return f"{type(module).__name__} holds several matrices in its {name} (experts, say)"
+    if not isinstance(module, nn.Linear) and not type(module).__module__.startswith("torch."):
+        return f"what {type(module).__name__} does with its {name} is not known"
     return "no other layer goes with it as column and row"
 
 
