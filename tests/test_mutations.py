@@ -134,31 +134,15 @@ def test_a_loss_that_is_averaged_over_unequal_microbatches(monkeypatch: pytest.M
 
 @ranks(2)
 def test_replicas_that_count_the_same_whatever_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridpar.engine import ParallelModel
+    from hybridpar.company import Company
 
-    with_loss = ParallelModel._with_loss
+    count = Company.count
 
-    class Even:
-        """The peers, as if each replica divided by its own weight alone."""
+    def even(self: Any, samples: int, micros: int, weight: float) -> tuple[int, float]:
+        before, _ = count(self, samples, micros, weight)
+        return before, weight * self.size  # as if each replica divided by its own weight alone
 
-        def __init__(self, peers: Any) -> None:
-            self.peers, self.index, self.size = peers, peers.index, peers.size
-
-        def allreduce(self, counts: torch.Tensor) -> torch.Tensor:
-            mine = float(counts[-1])
-            self.peers.allreduce(counts)
-            counts[-1] = mine * self.size
-            return counts
-
-    def alone(self: Any, batch: Any, microbatches: int, training: bool) -> float:
-        peers = self.world.peers
-        object.__setattr__(self.world, "peers", Even(peers))
-        try:
-            return with_loss(self, batch, microbatches, training)
-        finally:
-            object.__setattr__(self.world, "peers", peers)
-
-    monkeypatch.setattr(ParallelModel, "_with_loss", alone)
+    monkeypatch.setattr(Company, "count", even)
     report = verify(norms(init=DATA, microbatches=1), 1)
     assert not report.equal and report.finding.kind == "loss", report.sentence
 
