@@ -413,6 +413,20 @@ def test_a_function_returns_what_each_rank_returned() -> None:
     assert hp.run(function, (1.5,), {"more": 1}, np=2, tensor=2, threads=1) == [(0, 5.0), (1, 5.0)]
 
 
+def test_a_process_that_opened_a_world_of_its_own_can_start_jobs(tmp_path: Path) -> None:
+    """A notebook that has called hp.init(): MPI had told it, and so its children, that it is rank 0 of a job."""
+    script = tmp_path / "notebook.py"
+    script.write_text(
+        "import hybridpar as hp\nif __name__ == '__main__':\n    hp.init()\n"
+        "    print(hp.run(lambda: hp.init(tensor=2).rank, np=2))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[0, 1]\n"), done.stderr
+
+
 def test_a_function_that_fails_is_told_with_its_rank(capfd: pytest.CaptureFixture[str]) -> None:
     def function() -> None:
         if os.environ["OMPI_COMM_WORLD_RANK"] == "1":

@@ -8,10 +8,14 @@ What must be true before MPI starts is set here, in the process itself, so that 
     OPAL_PREFIX             an Open MPI from PyPI finds its parts only through it
     a remote shell          where there is no ssh, Open MPI refuses to start even one process unless told another
     a Slurm step            where srun offers no PMI that Open MPI knows, it would end us before we could say why
+
+And one thing is taken back: a process that no launcher has started is told by MPI that it is rank 0 of a job, and what it
+starts later, an mpirun for one, would believe it too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 # not among them.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _STEP = "SLURM_STEP_ID"
+_PMIX = "PMIX_RANK"
 _CYCLE = "HOROVOD_CYCLE_TIME"
 _GLOO = "GLOO_SOCKET_IFNAME"
 
@@ -47,7 +52,7 @@ def start_mpi() -> MPI.Intracomm:
         import mpi4py
 
         mpi4py.rc.thread_level = "multiple"
-        with _no_step_without_pmi():
+        with _no_step_without_pmi(), _no_job_for_children():
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # no mpi4py; no MPI library that it could load
         raise RuntimeError(
@@ -103,7 +108,7 @@ def _no_step_without_pmi() -> Iterator[None]:
     own. Without a step it makes a world of one: right for `srun -n 1` and for an interactive step, and where there
     should be more, _check_size says so.
     """
-    if _STEP not in os.environ or "PMIX_RANK" in os.environ or _knows_slurm_pmi():
+    if _STEP not in os.environ or _PMIX in os.environ or _knows_slurm_pmi():
         yield
         return
     step = os.environ.pop(_STEP)
@@ -111,6 +116,37 @@ def _no_step_without_pmi() -> Iterator[None]:
         yield
     finally:
         os.environ[_STEP] = step
+
+
+@contextmanager
+def _no_job_for_children() -> Iterator[None]:
+    """Take back what MPI meanwhile puts into the environment of a process that no launcher has started.
+
+    It writes past `os.environ`, which therefore does not show it, and children inherit it all the same.
+    """
+    if _PMIX in os.environ or any(name in os.environ for name in _SIZES):
+        yield
+        return
+    before = _inherited_names()
+    try:
+        yield
+    finally:
+        for name in _inherited_names() - before:
+            os.unsetenv(name)
+
+
+def _inherited_names() -> set[bytes]:
+    """The names in the environment that children get, whoever wrote them; see environ(7)."""
+    try:
+        entries = ctypes.POINTER(ctypes.c_char_p).in_dll(ctypes.CDLL(None), "environ")
+    except ValueError:  # a C library that keeps it elsewhere
+        return set()
+    names: set[bytes] = set()
+    place = 0
+    while entry := entries[place]:
+        names.add(entry.partition(b"=")[0])
+        place += 1
+    return names
 
 
 def _knows_slurm_pmi() -> bool:
