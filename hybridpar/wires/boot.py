@@ -9,8 +9,8 @@ What must be true before MPI starts is set here, in the process itself, so that 
     a remote shell          where there is no ssh, Open MPI refuses to start even one process unless told another
     a Slurm step            where srun offers no PMI that Open MPI knows, it would end us before we could say why
 
-And one thing is taken back: a process that no launcher has started is told by MPI that it is rank 0 of a job, and what it
-starts later, an mpirun for one, would believe it too.
+And one thing is taken back: a process that no launcher has started is told by MPI that it is rank 0 of a job, and what
+it starts later, an mpirun for one, would believe it too.
 """
 
 from __future__ import annotations
