@@ -125,7 +125,7 @@ class Watchdog:
         with suppress(OSError):  # a firewall between hosts lets MPI through and not us: then there is no link
             link = connected(after.place, self._token + _RING + self._rank.to_bytes(4, "big"), self._cut)
             self._next = _Link(after, self._kept_alive(link), time.monotonic())
-        slept = time.monotonic()
+        judged = time.monotonic()
         while not self._over:
             poll = select.poll()
             links = [link for link in (self._next, self._before) if link is not None and link.ended is None]
@@ -133,7 +133,8 @@ class Watchdog:
                 poll.register(one, select.POLLIN)
             if self._parent is not None:
                 poll.register(self._parent, select.POLLIN)
-            ready = {number for number, _ in poll.poll(self._beat * 1000)}
+            due = judged + self._beat - time.monotonic()
+            ready = {number for number, _ in poll.poll(max(0.0, due) * 1000)}
             if self._parent in ready:
                 os._exit(LOST)  # who would show what we print is gone
             if self._ear.fileno() in ready:
@@ -141,12 +142,13 @@ class Watchdog:
             for link in links:
                 if link.socket.fileno() in ready:
                     self._hear(link)
-            slept = self._judge(slept)
+            if time.monotonic() >= judged + self._beat:  # not at once when one comes: a beat would chase the next one
+                judged = self._judge(judged)
 
-    def _judge(self, slept: float) -> float:
-        """Send the beat, and end where one has been missing too long. Returns the time."""
+    def _judge(self, judged: float) -> float:
+        """Send the beat, and end where one has been missing too long; every so often. Returns the time."""
         now = time.monotonic()
-        if now - slept > 2 * self._beat + 1:  # we were stopped or starved ourselves: all clocks begin anew
+        if now - judged > 2 * self._beat + 1:  # we were stopped or starved ourselves: all clocks begin anew
             for link in (self._next, self._before):
                 if link is not None:
                     link.heard = now
