@@ -19,7 +19,7 @@ from hybridpar.fill.fill import Weights, agree, fill, held
 from hybridpar.fill.recipe import record
 from hybridpar.fill.seed import Init
 from hybridpar.loss import LossFunction, WeightedLoss
-from hybridpar.optim.precision import Scaling, casting
+from hybridpar.optim.precision import casting
 from hybridpar.pipeline.executor import Executor
 from hybridpar.pipeline.partition import level, partition
 from hybridpar.pipeline.schedule import build, read
@@ -29,9 +29,11 @@ from hybridpar.seeds import Draw
 from hybridpar.skeleton.cut import Skeleton
 from hybridpar.skeleton.stage import SkeletonStage
 from hybridpar.split import Chain, Stage
+from hybridpar.support import Combination
+from hybridpar.support import check as supported
 from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
-from hybridpar.tensor.recompute import recomputed
+from hybridpar.tensor.recompute import kind, recomputed
 from hybridpar.tensor.recurrent import unstacked
 from hybridpar.tensor.synced import synchronise
 from hybridpar.tensor.uncompiled import check, leave_out
@@ -84,6 +86,9 @@ def parallelize(
         >>> print(model.report)                                                     # doctest: +SKIP
     """
     check(module, mesh.pipeline.size)
+    degrees = mesh.mesh
+    asked = Combination(degrees.tensor, degrees.pipeline, degrees.data, kind(recompute), precision=precision)
+    supported(asked)
     _same_everywhere(module, mesh.everyone)
     cast = casting(precision, module, mesh.device)
     module, loss, example = listener().parallelizes(module, loss, example, mesh, weights, init)
@@ -123,7 +128,7 @@ def parallelize(
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
         report=_report(all_stages, homes, spent, bounds, applied, mesh, again),
         in_step=synced > 0,
-        scaling=Scaling() if precision == "fp16" else None,
+        asked=asked,
     )
     listener().parallelized(model)
     return model

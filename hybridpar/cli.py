@@ -5,6 +5,7 @@ Exit codes: 0 fine, 1 found a problem, 2 wrong use.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -223,6 +224,23 @@ def trace(
             svg=svg, chrome=chrome, csv=csv,
         )  # fmt: skip
     click.echo(text)
+
+
+@main.command(
+    epilog=f"""{EXAMPLES}
+  hybridpar support
+  hybridpar support --json | jq '.[] | select(.zero == 1 and .refused)'
+"""
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every combination, and why it is refused, if it is.")
+def support(as_json: bool) -> None:
+    """Print what goes with what: degrees, ZeRO, precision, recompute, sync policies and compression.
+
+    A degree of 2 in the JSON stands for any above 1.
+    """
+    from hybridpar import support as supports
+
+    click.echo(json.dumps(supports.rows(), indent=1) if as_json else supports.table())
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybridpar.support import unsynced
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.world import World
 
@@ -24,11 +25,9 @@ class Company:
     """
 
     def __init__(self, world: World, axis: Axis, in_step: bool = False) -> None:
-        if in_step and axis.size != world.peers.size:
-            raise ValueError(
-                f"a SyncBatchNorm needs all {world.peers.size} replicas in every step and this sync policy leaves them "
-                'to themselves: use sync="allreduce", or torch.nn.BatchNorm'
-            )
+        refused = unsynced(world.peers.size, axis.size) if in_step else None
+        if refused is not None:
+            raise ValueError(refused)
         self._world, self._in_step = world, in_step
         self._whole = axis.size == world.peers.size
         self._axis = world.peers if self._whole else axis  # a count must not wait for a Horovod cycle

@@ -30,6 +30,7 @@ from hybridpar.proof.point import listener
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
 from hybridpar.split import Stage
+from hybridpar.support import Combination
 from hybridpar.tensor.plan import Applied
 from hybridpar.trace.spans import Span, Trace
 from hybridpar.unsplit import Unsplit
@@ -66,13 +67,14 @@ class ParallelModel:
         draw: Draw,
         loss: WeightedLoss | None,
         report: str,
+        asked: Combination,
         in_step: bool = False,
-        scaling: Scaling | None = None,
     ) -> None:
         self.world, self.report, self._in_step = world, report, in_step
         self._stages, self._owned, self._applied = stages, owned, applied
         self._executor, self._schedules, self._draw = executor, schedules, draw
-        self._loss, self.scaling = loss, scaling
+        self._loss, self.asked = loss, asked
+        self.scaling = Scaling() if asked.precision == "fp16" else None
         # First, so that shares are summed over the tensor axis before anyone averages them over the data axis.
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
         self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
@@ -80,8 +82,7 @@ class ParallelModel:
         self._company = Company(world, world.data, in_step)
         self.scattered = False  # whether gradients lie in pieces on the replicas (ZeRO)
         self._spans: list[Span] = []
-        self._largest = 0
-        self.training = True
+        self._largest, self.training = 0, True
 
     # ---- steps
 

@@ -19,6 +19,7 @@ from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.optim.reduce import Reducer
 from hybridpar.shard import Spec, balanced, cut
+from hybridpar.support import Combination
 from hybridpar.wires.axis import Alone
 from tests.ranks import ranks
 
@@ -26,7 +27,7 @@ from tests.ranks import ranks
 class Plain:
     """A module as the engine would show it, and the engine's loop over microbatches."""
 
-    scattered, scaling = False, None
+    scattered, scaling, asked = False, None, Combination()
 
     def __init__(self, module: nn.Module, world: Any, specs: dict[str, Spec] | None = None, chunks: int = 1) -> None:
         self.module, self.world, self._specs = module, world, specs or {}

@@ -23,7 +23,7 @@ MOST_LINES = 320
 FLOORS = (
     (
         "facts",
-        ("mesh", "shard", "batches", "pipeline/action", "pipeline/order", "pipeline/partition")
+        ("mesh", "shard", "batches", "support", "pipeline/action", "pipeline/order", "pipeline/partition")
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
         + ("proof/together",)

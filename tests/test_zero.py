@@ -12,7 +12,7 @@ from torch import nn
 import hybridpar as hp
 from hybridpar.mesh import Mesh
 from hybridpar.optim.zero.inside import check_elementwise
-from tests.models import gpt, layers, mine, numbers, tokens
+from tests.models import layers, mine, numbers, tokens
 from tests.ranks import ranks
 from tests.test_equality import CLIP, STEPS, TOLERANCE, Case, opened, plain
 from tests.trainings import plain_adam, training
@@ -211,32 +211,13 @@ def test_bfloat16_gradients_are_averaged_in_float32(rank_count: int) -> None:
 
 
 @ranks(2)
-@pytest.mark.parametrize("how", [{"precision": "fp16"}, {"recompute": "full"}], ids=str)
-def test_precision_and_recomputation_give_the_same_weights_as_without(how: dict[str, Any]) -> None:
-    mesh = opened(Mesh(data=2))
-    found = []
-    for zero in (0, 1, 2):
-        model = hp.parallelize(gpt(dtype=torch.float32), mesh, hp.CrossEntropy(), **how)
-        optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, clip=CLIP, zero=zero)
-        for step in range(3):
-            model.train_step(tuple(mine(x, mesh.data) for x in tokens(step)), 2)
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(model.full_state_dict())
-    for name, weight in found[0].items():
-        for other in found[1:]:  # the microbatches and the replicas are added in another order
-            torch.testing.assert_close(other[name], weight, rtol=0, atol=TOLERANCE[torch.float32], msg=name)
-    mesh.close()
-
-
-@ranks(2)
 def test_what_is_not_possible_is_refused_alike() -> None:
     mesh = opened(Mesh(data=2))
     model = hp.parallelize(layers(6, 8, 3), mesh, nn.MSELoss())
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match="zero=4"):
         hp.DistributedOptimizer(sgd, model, zero=4)
-    with pytest.raises(ValueError, match="compression=torch.float16 and zero=1 do not go together"):
+    with pytest.raises(ValueError, match="zero=1 .* compression=hp.Compression.fp16 .*: leave out one of them"):
         hp.DistributedOptimizer(sgd, model, zero=1, compression=hp.Compression.fp16)
     hp.DistributedOptimizer(sgd, model, zero=2)
     batch = (numbers(4, 6), numbers(4, 3))

@@ -26,6 +26,11 @@ class Wire:
 
     dtype: torch.dtype | None = None
 
+    @property
+    def name(self) -> str | None:
+        """Its name in `Compression`, or None where nothing changes."""
+        return next((name for name, wire in vars(Compression).items() if wire == self and self.dtype), None)
+
     def start(self, axis: Axis, flat: Tensor, name: str) -> Handle:
         """Begin to average `flat` [n] over the axis, in place."""
         if self.dtype is None or flat.element_size() <= 2:

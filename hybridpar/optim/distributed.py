@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from hybridpar.optim.compression import Compression, Wire
 from hybridpar.optim.matrix import check_cut
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
-from hybridpar.optim.sync.policy import Policy, Together, policy
+from hybridpar.optim.sync.policy import Policy, policy
+from hybridpar.optim.sync.wish import called, parse
 from hybridpar.optim.zero import inside
 from hybridpar.optim.zero.piece import forget
 from hybridpar.optim.zero.zero import Zero
+from hybridpar.support import check
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -59,14 +62,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         zero: int = 0,
     ) -> None:
         _check(optimizer, compression, clip)
-        _check_zero(optimizer, zero, compression)
+        compression = compression or Compression.none
+        wish = parse(model.world.sync or sync or "allreduce")
+        check(replace(model.asked, sync=called(wish), zero=zero, compression=compression.name))
+        if zero:
+            inside.check_elementwise(optimizer, zero)
         self.inner, self.clip, self.norm = optimizer, clip, None
         self._model = model
-        self._policy = policy(sync, model, compression or Compression.none)
+        self._policy = policy(wish, model, compression)
         self._check_parameters(optimizer.param_groups)
         self._check_complete()
         check_cut(optimizer, model)
-        _check_together(self._policy, zero)
         for _, p in (named for chunk in model.chunks() for named in chunk):
             forget(p)  # an earlier optimizer may have cut it
         self._zero = Zero(model, self._chosen(optimizer.param_groups), zero, bucket_bytes) if zero else None
@@ -75,7 +81,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
         model.attach(self._reducer)
         if model.scaling is not None:
-            _check_scaled(self._policy)
             model.scaling.watch(self._gradients)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -235,28 +240,3 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
         raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")
-
-
-def _check_scaled(policy: Policy) -> None:
-    if not isinstance(policy, Together):
-        raise ValueError(
-            'precision="fp16" skips a step on all ranks where one overflows, and this sync policy lets replicas step '
-            'by themselves: use precision="bf16", or sync="allreduce"'
-        )
-
-
-def _check_together(policy: Policy, zero: int) -> None:
-    if zero and not isinstance(policy, Together):
-        raise ValueError(
-            f'zero={zero} cuts over replicas that hold the same weights, and this sync policy lets them differ: use '
-            'sync="allreduce", or leave out zero'
-        )
-
-
-def _check_zero(optimizer: torch.optim.Optimizer, zero: int, compression: Wire | None) -> None:
-    if zero not in (0, 1, 2):
-        raise ValueError(f"zero={zero!r}: 0 cuts nothing over the data axis, 1 the optimizer's state, 2 gradients too")
-    if zero and compression is not None and compression.dtype is not None:
-        raise ValueError(f"compression={compression.dtype} and zero={zero} do not go together: leave out one of them")
-    if zero:
-        inside.check_elementwise(optimizer, zero)

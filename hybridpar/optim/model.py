@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch.nn import Parameter
 
 from hybridpar.shard import Spec
+from hybridpar.support import Combination
 
 if TYPE_CHECKING:
     from hybridpar.optim.precision import Scaling
@@ -47,6 +48,7 @@ class Parallel(Protocol):
     """A model cut over ranks, as optimizers see it."""
 
     world: World
+    asked: Combination  # what the model was made for; the optimizer adds the rest
     scaling: Scaling | None  # that of fp16's losses
     scattered: bool  # whether each replica has its piece of the gradients only
 

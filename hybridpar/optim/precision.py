@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridpar.support import Combination, check
 from hybridpar.wires.axis import Axis
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,10 +37,9 @@ def casting(precision: str | None, module: nn.Module, device: torch.device) -> C
         ...     layer(torch.ones(1, 2)).dtype
         torch.bfloat16
     """
+    check(Combination(precision=precision))
     if precision is None:
         return nullcontext
-    if precision not in _DTYPES:
-        raise ValueError(f'precision={precision!r}: choose "bf16", "fp16", or None for what the module itself has')
     for name, p in module.named_parameters():
         if p.is_floating_point() and p.dtype is not torch.float32:
             raise ValueError(

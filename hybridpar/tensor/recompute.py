@@ -70,6 +70,16 @@ def chosen(module: nn.Module, wish: str | Sequence[str] | None) -> tuple[str, ..
     return _matched(dict(module.named_modules()), patterns)
 
 
+def kind(wish: str | Sequence[str] | None) -> str:
+    """Which of `support.RECOMPUTE` a wish is.
+
+    Example:
+        >>> kind("full"), kind("blocks.*.mlp"), kind(None)
+        ('full', 'selective', 'none')
+    """
+    return "none" if wish is None else "full" if wish == "full" else "selective"
+
+
 def blocks(module: nn.Module, name: str = "") -> tuple[str, ...]:
     """The outermost children of a ModuleList or Sequential that have parts of their own.
 

@@ -13,7 +13,7 @@ from hybridpar.optim.model import Parallel
 from hybridpar.optim.sync.asynchronous import Asynchronous
 from hybridpar.optim.sync.elastic import Elastic
 from hybridpar.optim.sync.rounds import Rounds
-from hybridpar.optim.sync.wish import AllReduce, DiLoCo, Easgd, LocalSgd, parse
+from hybridpar.optim.sync.wish import AllReduce, DiLoCo, Easgd, LocalSgd, Wish
 from hybridpar.wires.axis import Axis
 from hybridpar.wires.parting import neighbours
 
@@ -76,10 +76,9 @@ class Together:
         return None
 
 
-def policy(asked: str | None, model: Parallel, wire: Wire) -> Policy:
-    """The policy that `hybridpar run --sync` asks for, or else `asked`; `wire` is how weights travel."""
+def policy(wish: Wish, model: Parallel, wire: Wire) -> Policy:
+    """The policy that `wish` is for; `wire` is how weights travel."""
     world = model.world
-    wish = parse(world.sync or asked or "allreduce")
     if isinstance(wish, AllReduce):
         return Together(model)
     if isinstance(wish, LocalSgd):
@@ -89,6 +88,4 @@ def policy(asked: str | None, model: Parallel, wire: Wire) -> Policy:
         return Rounds(model, company, between, wish, wire)
     if isinstance(wish, Easgd):
         return Elastic(model, world.data, wish, wire)
-    if wire.dtype is not None:
-        raise ValueError(f"compression={wire.dtype} and async_ps do not go together: leave out the compression")
     return Asynchronous(model, wish)

@@ -86,7 +86,7 @@ class AsyncPs:
 
 Wish = AllReduce | LocalSgd | DiLoCo | Easgd | AsyncPs
 
-_NAMES: dict[str, type[Any]] = {
+NAMES: dict[str, type[Any]] = {
     "allreduce": AllReduce, "local_sgd": LocalSgd, "diloco": DiLoCo, "easgd": Easgd, "async_ps": AsyncPs,
 }  # fmt: skip
 
@@ -103,9 +103,9 @@ def parse(text: str) -> Wish:
         AllReduce()
     """
     name, positional, named = _read(text)
-    if name not in _NAMES:
-        raise ValueError(f"sync={text!r}: there is no policy {name!r}; the policies are {', '.join(_NAMES)}")
-    kind = _NAMES[name]
+    if name not in NAMES:
+        raise ValueError(f"sync={text!r}: there is no policy {name!r}; the policies are {', '.join(NAMES)}")
+    kind = NAMES[name]
     known = [field.name for field in fields(kind)]
     unknown = [key for key in named if key not in known]
     if unknown or len(positional) > len(known):
@@ -135,15 +135,16 @@ def _read(text: str) -> tuple[str, list[Any], dict[str, Any]]:
 def _whole(wish: Any, name: str, least: int) -> None:
     value = getattr(wish, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{_called(wish)}: {name}={value!r}: it is a whole number of at least {least}")
+        raise ValueError(f"{called(wish)}: {name}={value!r}: it is a whole number of at least {least}")
 
 
 def _between(wish: Any, name: str, low: float, high: float | None) -> None:
     value = getattr(wish, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > low or (high and value > high):
         most = f" and at most {high}" if high else ""
-        raise ValueError(f"{_called(wish)}: {name}={value!r}: it is more than {low}{most}")
+        raise ValueError(f"{called(wish)}: {name}={value!r}: it is more than {low}{most}")
 
 
-def _called(wish: Any) -> str:
-    return next(name for name, kind in _NAMES.items() if isinstance(wish, kind))
+def called(wish: Any) -> str:
+    """The name of its policy."""
+    return next(name for name, kind in NAMES.items() if isinstance(wish, kind))
