@@ -34,8 +34,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
     is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given. `sync` is
     how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
-    `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients. The
-    optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad` (docs/zero.md).
+    `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients, 3 also
+    the weights. The optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad`
+    (docs/zero.md).
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
     in `step(closure)`: a closure's gradients would never be averaged.
@@ -254,8 +255,10 @@ def _check_together(policy: Policy, zero: int) -> None:
 
 
 def _check_zero(optimizer: torch.optim.Optimizer, zero: int, compression: Wire | None) -> None:
-    if zero not in (0, 1, 2):
-        raise ValueError(f"zero={zero!r}: 0 cuts nothing over the data axis, 1 the optimizer's state, 2 gradients too")
+    if zero not in (0, 1, 2, 3):
+        raise ValueError(
+            f"zero={zero!r}: 0 cuts nothing over the data axis, 1 the optimizer's state, 2 gradients too, 3 weights too"
+        )
     if zero and compression is not None and compression.dtype is not None:
         raise ValueError(f"compression={compression.dtype} and zero={zero} do not go together: leave out one of them")
     if zero:
