@@ -45,7 +45,8 @@ class Company:
         if self._in_step and counts[-2] != micros * axis.size:
             raise ValueError(
                 f"the {axis.size} replicas cut their batches into {counts[-2]:.0f} microbatches, this one into "
-                f"{micros}, and a SyncBatchNorm or zero=2 needs the same number from each: use fewer, or drop_last=True"
+                f"{micros}, and a SyncBatchNorm, zero=2 or zero=3 needs the same number from each: use fewer, or "
+                "drop_last=True"
             )
         # Companies do not ask each other: their samples are told apart, for dropout, as if all had as many.
         earlier = self._world.mesh.place(axis.ranks[0]).data * samples

@@ -11,19 +11,21 @@ module everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridpar.company import Company
+from hybridpar.evaluating import Evaluating
 from hybridpar.global_view import everywhere
 from hybridpar.loss import WeightedLoss, is_cut, logits
 from hybridpar.microbatch import fingerprint, split_batch, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.optim.precision import Scaling
-from hybridpar.optim.zero.piece import stepped
+from hybridpar.optim.zero.piece import stepped, value
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
 from hybridpar.proof.point import listener
@@ -79,6 +81,7 @@ class ParallelModel:
         self._partial = PartialSums(world.tensor, [[(n, p, applied.specs[n]) for n, p in chunk] for chunk in owned])
         self._unsplit = Unsplit(world, applied, homes, buffers, lambda: dict(self.named_parameters()), self._kept)
         self._averages: list[Averaging] = []
+        self._evaluating: Callable[[int], AbstractContextManager[None]] = lambda microbatches: nullcontext()
         self._company = Company(world, world.data, in_step)
         self.scattered = False  # whether gradients lie in pieces on the replicas (ZeRO)
         self._spans: list[Span] = []
@@ -112,12 +115,14 @@ class ParallelModel:
         Example:
             >>> loss = model.eval_step((ids, targets), microbatches=8)    # doctest: +SKIP
         """
-        with _Evaluating(self):
+        with Evaluating(self, self._stages.values()):
             return self._with_loss(batch, microbatches, training=False)
 
     @torch.no_grad()
     def predict(self, inputs: Any, microbatches: int = 1) -> Tensor:
         """The model's output for this replica's `inputs`, whole, on every rank of the replica.
+
+        With zero=3 all replicas call it together, each with its own inputs.
 
         Example:
             >>> logits = model.predict(ids)                               # doctest: +SKIP
@@ -125,7 +130,7 @@ class ParallelModel:
         outputs: list[Tensor] = []
         parts = split_batch(to_device(inputs, self.world.device), microbatches)
         micros = [Micro(part, torch.arange(n), lambda output: outputs.append(self._whole(output))) for part, n in parts]
-        with _Evaluating(self):
+        with Evaluating(self, self._stages.values()), self._evaluating(len(micros)):
             self._spans = self._executor.run(self._schedules(len(micros)).evaluation(), micros)
         return self._everywhere(torch.cat(outputs) if outputs else None)
 
@@ -161,7 +166,8 @@ class ParallelModel:
         schedule = self._schedules(len(parts))
         micros = [micro(m) for m in range(len(parts))]
         readiness = [self._partial, *self._averages] if training else ()
-        self._spans = self._executor.run(schedule if training else schedule.evaluation(), micros, readiness)
+        with nullcontext() if training else self._evaluating(len(parts)):
+            self._spans = self._executor.run(schedule if training else schedule.evaluation(), micros, readiness)
         speaks = losses and world.tensor.index == 0
         value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
         return company.total(value.cpu()).item() / weight if weight else 0.0
@@ -221,6 +227,10 @@ class ParallelModel:
         """The owned parameters of each chunk on this rank."""
         return [list(chunk) for chunk in self._owned]
 
+    def parts(self) -> list[nn.Module]:
+        """The module of each chunk on this rank."""
+        return list(self._stages.values())
+
     def specs(self) -> dict[str, Spec]:
         """How each parameter of this rank is cut."""
         return {name: self._applied.specs[name] for name, _ in self.named_parameters()}
@@ -233,6 +243,7 @@ class ParallelModel:
         in_step = self._in_step or getattr(one, "each_pass", False)
         self._averages, self._company = [one], Company(self.world, one.company, in_step)
         self.scattered = getattr(one, "scattered", False)
+        self._evaluating = getattr(one, "evaluating", lambda microbatches: nullcontext())
 
     @property
     def on_their_own(self) -> bool:
@@ -264,8 +275,8 @@ class ParallelModel:
                 p.grad = None if set_to_none else p.grad.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's part: its shards, under their names in the unsplit module."""
-        return {name: p.detach() for name, p in self.named_parameters()}
+        """This rank's part: its shards, under their names in the unsplit module; with zero=3 all replicas together."""
+        return {name: value(p) for name, p in self.named_parameters()}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The unsplit module's parameters and buffers, whole, on the CPU of every rank; all ranks call it together.
@@ -300,21 +311,3 @@ class ParallelModel:
     def _kept(self) -> dict[str, Tensor]:
         """The buffers of this rank's stages."""
         return {name: x for stage in self._stages.values() for name, x in stage.kept()}
-
-
-class _Evaluating:
-    """Evaluation mode within a `with`, and what was before after it."""
-
-    def __init__(self, model: ParallelModel) -> None:
-        self._model, self._before = model, model.training
-        # Each module's own: some may be in evaluation mode amid training, such as frozen batch norms.
-        self._modes = [(m, m.training) for stage in model._stages.values() for m in stage.modules()]
-
-    def __enter__(self) -> None:
-        listener().evaluates(self._model)
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.training = self._before
-        for module, mode in self._modes:
-            module.training = mode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,16 @@ def gather(shard: Tensor, spec: Spec, axis: Axis) -> Tensor:
 
 
 def wholes(
-    mine: Mapping[str, Tensor], homes: Mapping[str, int], specs: Mapping[str, Spec], world: World
+    mine: Mapping[str, Tensor],
+    homes: Mapping[str, int],
+    specs: Mapping[str, Spec],
+    world: World,
+    read: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, Tensor | None]:
     """The whole of each tensor named in `homes`, on the CPU of every rank; all ranks of the replica together.
 
     `mine` are this rank's shards, `homes` the pipeline index of those who have shards. None where no tensor rank there
-    has one; a rank that alone lacks it has zeros.
+    has one; a rank that alone lacks it has zeros. `read` gives what of a shard is gathered, one after another.
     """
     whole: dict[str, Tensor | None] = {}
     told = world.replica.objects({name: x.dtype for name, x in mine.items()})
@@ -62,7 +66,7 @@ def wholes(
             continue
         empty = {"dtype": dtype, "device": world.device}
         if world.pipeline.index == home:
-            shard = mine[name] if name in mine else torch.zeros(spec.local_shape(world.tensor.index), **empty)
+            shard = read(mine[name]) if name in mine else torch.zeros(spec.local_shape(world.tensor.index), **empty)
             x = gather(shard, spec, world.tensor).contiguous()
         else:
             x = torch.empty(spec.shape, **empty)

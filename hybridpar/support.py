@@ -15,7 +15,8 @@ from typing import Any
 
 from hybridpar.optim.sync.wish import NAMES
 
-ZERO = {0: "nothing over the data axis", 1: "the optimizer's state", 2: "gradients too"}  # what each cuts
+# What each cuts over the data axis.
+ZERO = {0: "nothing over the data axis", 1: "the optimizer's state", 2: "gradients too", 3: "weights too"}
 PRECISIONS = (None, "bf16", "fp16")
 RECOMPUTE = ("none", "selective", "full")
 COMPRESSION = (None, "bf16", "fp16")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from hybridpar.global_view import everywhere, gather, take, wholes
-from hybridpar.optim.zero.piece import gradient
+from hybridpar.optim.zero.piece import gradient, put, value
 from hybridpar.shard import Spec
 from hybridpar.tensor.plan import Applied
 
@@ -38,7 +37,7 @@ class Unsplit:
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, whole, on the CPU; buffers are those of the first replica."""
         world, kept = self._world, self._kept()
-        state = wholes(dict(self._owned()), self._homes, self._applied.specs, world)
+        state = wholes(dict(self._owned()), self._homes, self._applied.specs, world, value)
         state |= {name: state[first] for name, first in self._applied.tied.items()}
         for name, home in self._buffer_homes.items():
             here = kept.get(name)
@@ -88,5 +87,4 @@ class Unsplit:
         for name, (x, spec) in self.mine().items():
             if name not in state:
                 raise ValueError(f"{name} is missing in what is loaded, which has {len(state)} tensors")
-            with torch.no_grad():
-                x.copy_(take(state[name], spec, self._world.tensor.index))
+            put(x, take(state[name], spec, self._world.tensor.index))

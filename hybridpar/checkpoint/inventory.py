@@ -19,6 +19,7 @@ from hybridpar.checkpoint.replicas import replica_kind
 from hybridpar.checkpoint.stream import dtype_name, raw
 from hybridpar.checkpoint.writers import Item, assign, in_order, stored
 from hybridpar.engine import ParallelModel
+from hybridpar.optim.zero.piece import kept
 from hybridpar.shard import Spec
 
 
@@ -104,7 +105,8 @@ def _tell(given: Parts, mine: dict[tuple[str, str], Held], goal: str) -> _Told:
     """What this rank has: told in small, and for itself with the tensors, into `mine`."""
     world, unsplit = given.model.world, given.model._unsplit
     homes, here = unsplit.homes, unsplit.mine()
-    mine |= {("model", name): held for name, held in here.items() if homes.get(name) == world.place.pipeline}
+    here = {name: held for name, held in here.items() if homes.get(name) == world.place.pipeline}
+    mine |= {("model", name): (kept(x), spec) for name, (x, spec) in here.items()}
     if given.ema is not None:
         mine |= {("ema", name): (x, unsplit.specs[name]) for name, x in given.ema.averages.items()}
     described, own = [], {("model", name) for name in unsplit.buffers if ("model", name) in mine}

@@ -22,7 +22,7 @@ from hybridpar.checkpoint.replicas import on_their_own, replica_kind
 from hybridpar.checkpoint.save import settle
 from hybridpar.fill.source import Files
 from hybridpar.mesh import Mesh
-from hybridpar.optim.zero.piece import piece_of
+from hybridpar.optim.zero.piece import piece_of, put
 from hybridpar.proof.point import listener
 from hybridpar.shard import Spec
 
@@ -117,13 +117,13 @@ class _Loading:
         mine = self._unsplit.mine()
         wanted = {name: (self._stored_name(name), spec) for name, (_, spec) in mine.items()}
         for name, part in self._parts("model", wanted):
-            mine[name][0].copy_(part)
+            put(mine[name][0], part)
         then = Mesh(**told.layout)
         own = replica_kind(self._world.place.data)
         if then.data == self._world.mesh.data and own in told.tensors:
             wanted = {name: (name, mine[name][1]) for name in told.tensors[own] if name in mine}
             for name, part in self._parts(own, wanted):
-                mine[name][0].copy_(part)
+                put(mine[name][0], part)
         names, specs = self._given.names(), self._unsplit.specs
         for number, (optimizer, saved) in enumerate(zip(self._given.optimizers, self._saved_optimizers())):
             optimizers.restore(optimizer, names, saved, self._state(number, optimizer, specs, names))

@@ -37,8 +37,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
     is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given. `sync` is
     how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
-    `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients. The
-    optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad` (docs/zero.md).
+    `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients, 3 also
+    the weights. The optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad`
+    (docs/zero.md).
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
     in `step(closure)`: a closure's gradients would never be averaged.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.zero.piece import put, value
 
 
 class EMA:
@@ -35,7 +36,7 @@ class EMA:
         self.decay, self.updates = decay, 0
         self._model = model
         self.averages: dict[str, Tensor] = {
-            name: p.detach().clone() for chunk in model.chunks() for name, p in chunk if p.is_floating_point()
+            name: value(p).clone() for chunk in model.chunks() for name, p in chunk if p.is_floating_point()
         }
 
     @torch.no_grad()
@@ -47,7 +48,7 @@ class EMA:
                 'hp.save keeps after optimizer.meet(), or use sync="allreduce"'
             )
         for name, p in self._weights():
-            self.averages[name].lerp_(p, 1 - self.decay)
+            self.averages[name].lerp_(value(p), 1 - self.decay)
         self.updates += 1
 
     @contextmanager
@@ -62,8 +63,8 @@ class EMA:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, p in self._weights():
-            kept = p.clone()
-            p.copy_(self.averages[name])
+            kept = value(p).clone()
+            put(p, self.averages[name])
             self.averages[name].copy_(kept)
 
     def _weights(self) -> list[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from torch import nn
 from torch.nn import Parameter
 
 from hybridpar.shard import Spec
@@ -58,6 +59,9 @@ class Parallel(Protocol):
 
     def chunks(self) -> Chunks:
         """The parameters that this rank holds and owns, chunk by chunk."""
+
+    def parts(self) -> list[nn.Module]:
+        """The module of each chunk."""
 
     def specs(self) -> dict[str, Spec]:
         """The spec of each parameter, by its name in `chunks`; one without a spec is whole on every tensor rank."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hybridpar.optim.zero.piece import value
 from hybridpar.wires.message import Mailbox
 
 
@@ -45,13 +46,13 @@ class Ties:
         """Bring the copies up to date; both sides call it as a step begins."""
         for tie in self._ties:
             if tie.owned is not None and tie.copied is not None:
-                tie.copied.copy_(tie.owned).requires_grad_(tie.owned.requires_grad)
+                tie.copied.copy_(value(tie.owned)).requires_grad_(tie.owned.requires_grad)
             elif tie.owned is not None:
-                self._mailbox.post(tie.copy_rank, tie.tag, [tie.owned], tie.owned.requires_grad)
+                self._mailbox.post(tie.copy_rank, tie.tag, [value(tie.owned)], tie.owned.requires_grad)
         for tie in self._ties:
             if tie.copied is not None and tie.owned is None:
-                (value,), trained = self._mailbox.take(tie.owner_rank, tie.tag)
-                tie.copied.copy_(value).requires_grad_(trained)
+                (now,), trained = self._mailbox.take(tie.owner_rank, tie.tag)
+                tie.copied.copy_(now).requires_grad_(trained)
 
     def give(self, stage: int) -> None:
         """After the last backward of `stage`: its copies' gradients go to their owners."""

@@ -1,7 +1,8 @@
 """Whether ranks that must hold equal weights do: replicas all of them, tensor ranks those that are not cut.
 
 Replicas take equal steps with equal gradients, so their weights stay equal bit for bit. A checksum of each parameter
-is compared; only where two differ is a parameter itself, to tell how far apart they are.
+is compared; only where two differ is a parameter itself, to tell how far apart they are. What replicas hold once among
+them (ZeRO 3) cannot differ between them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.zero.piece import lone, value
 from hybridpar.shard import Spec
 from hybridpar.wires.axis import Axis
 
@@ -29,10 +32,11 @@ def drifted(model: Parallel, replicas: Axis) -> list[str]:
         ['replicas 0 and 1 differ in 3 of 12 parameters, ...']
     """
     world, specs = model.world, model.specs()
-    held = {name: p.detach() for chunk in model.chunks() for name, p in chunk}
+    held = {name: p for chunk in model.chunks() for name, p in chunk}
     whole = {name: p for name, p in held.items() if specs.get(name, Spec(name, ())).dim is None}
     found = []
-    for axis, weights, who in ((replicas, held, "replicas"), (world.tensor, whole, "tensor ranks")):
+    several = {name: p for name, p in held.items() if not lone(p)}
+    for axis, weights, who in ((replicas, several, "replicas"), (world.tensor, whole, "tensor ranks")):
         said = _compared(axis, weights, who)
         if said is not None and axis.index == 0:
             found.append(said)
@@ -57,15 +61,16 @@ def checksum(x: Tensor) -> int:
     return total % 2**64
 
 
-def _compared(axis: Axis, weights: dict[str, Tensor], who: str) -> str | None:
+def _compared(axis: Axis, weights: dict[str, Parameter], who: str) -> str | None:
     """How the ranks of `axis` differ, the same on all of them; None if they do not."""
-    told = axis.objects([checksum(p) for p in weights.values()])
+    told = axis.objects([checksum(value(p)) for p in weights.values()])
     unequal = [name for place, name in enumerate(weights) if any(t[place] != told[0][place] for t in told)]
     if not unequal:
         return None
     other = next(index for index, t in enumerate(told) if t != told[0])
     name = unequal[0]
-    wide = weights[name].abs() if weights[name].is_complex() else weights[name]
+    wide = value(weights[name])
+    wide = wide.abs() if wide.is_complex() else wide
     most, least = (axis.allreduce(wide.to(torch.float64, copy=True).contiguous(), op) for op in ("max", "min"))
     apart = float((most - least).max())
     size = f"by up to {apart:.3g}" if math.isfinite(apart) else "and are not finite"

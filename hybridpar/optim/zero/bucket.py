@@ -4,7 +4,8 @@
     reduce_scatter          index 0 gets share 0 of the average, index 1 share 1, ...
     allgather               the shares, stepped by the optimizer, become the parameters again
 
-The cut falls where the shares end, whatever the parameters: all replicas hold the same number of elements.
+The cut falls where the shares end, whatever the parameters: all replicas hold the same number of elements. With ZeRO 3
+the share of the values has a memory of its own, and that of the parameters is there while they are used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hybridpar.optim.bucket import Named
+from hybridpar.optim.zero.memory import Memory
 from hybridpar.optim.zero.piece import Piece, flat
 from hybridpar.shard import Range
 from hybridpar.wires.axis import Axis, Handle
@@ -22,9 +24,20 @@ _ALIGNMENT = 16  # elements: each gradient begins at a multiple of it, as vector
 
 
 class Bucket:
-    """`members` in the order of memory; `each_pass`: gradients leave after each backward pass, not only the last."""
+    """`members` in the order of memory; `each_pass`: gradients leave after each backward pass, not only the last.
 
-    def __init__(self, name: str, members: Named, axis: Axis, peers: Axis, each_pass: bool) -> None:
+    With `home` the values are there between the parameters' uses, in pieces on that device (ZeRO 3).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        members: Named,
+        axis: Axis,
+        peers: Axis,
+        each_pass: bool,
+        home: torch.device | None = None,
+    ) -> None:
         self._name, self.members, self._axis, self.each_pass = name, list(members), axis, each_pass
         self._starts, length = [], 0
         for _, p in members:
@@ -33,7 +46,11 @@ class Bucket:
         self._share = -(-length // axis.size)
         first = members[0][1]
         self._like = {"dtype": first.dtype, "device": first.device}
-        self.pieces = [_piece(p, self._ranges(start, p.numel()), peers) for start, (_, p) in zip(self._starts, members)]
+        self._strides = [torch.empty_like(p, device="meta").stride() for _, p in members]
+        self._home = home
+        self.memory: Memory | None = None
+        self._values: Tensor | None = None  # this replica's share, of which the pieces are views
+        self.pieces = self._in_place(peers) if home is None else self._apart(peers, home)
         self._memory: Tensor | None = None  # gradients of this pass
         self._ready: set[int] = set()
         self._sending: Handle | None = None
@@ -63,7 +80,7 @@ class Bucket:
             self._memory = torch.zeros(self._share * self._axis.size, **self._like)
         start = self._starts[place]
         memory = self._memory[start : start + p.numel()]
-        laid = memory.as_strided(p.shape, torch.empty_like(p, device="meta").stride())
+        laid = memory.as_strided(p.shape, self._strides[place])
         laid.copy_(p.grad.to_dense() if p.grad.is_sparse else p.grad)
         p.grad = None
         self._ready.add(place)
@@ -83,6 +100,7 @@ class Bucket:
         """Wait for the reduction that is under way, if one is, and add what comes of it."""
         if self._sending is not None:
             share, self._sending = self._sending.wait(), None
+            share = share if self._home is None else share.to(self._home)
             self._sum = share if self._sum is None else self._sum.add_(share)
 
     def deliver(self, had: list[bool]) -> None:
@@ -99,6 +117,8 @@ class Bucket:
     @torch.no_grad()
     def gather(self) -> Handle:
         """Begin to collect the parameters that the pieces make now."""
+        if self._values is not None:
+            return self._axis.start_allgather(self._values.to(self._like["device"]), f"{self._name}.values")
         share = torch.zeros(self._share, **self._like)
         for (start, stop), piece in zip(self._mine(), self.pieces):
             share[start:stop] = piece.held
@@ -107,8 +127,39 @@ class Bucket:
     @torch.no_grad()
     def fill(self, memory: Tensor) -> None:
         """Put what was gathered into the parameters."""
+        if self.memory is not None:
+            self.memory.fill(memory)
+            return
         for start, (_, p) in zip(self._starts, self.members):
             flat(p).copy_(memory[start : start + p.numel()])
+
+    def _in_place(self, peers: Axis) -> list[Piece]:
+        """Pieces in the memory of the parameters."""
+        pieces = []
+        for start, (_, p), strides in zip(self._starts, self.members, self._strides):
+            if p.stride() != strides:  # a view with gaps
+                p.data = torch.empty_like(p).copy_(p.data)
+            ranges = self._ranges(start, p.numel())
+            first, stop = ranges[peers.index]
+            held = Parameter(flat(p)[first:stop], requires_grad=p.requires_grad)
+            pieces.append(Piece(p, held, ranges, peers, strides))
+        return pieces
+
+    def _apart(self, peers: Axis, home: torch.device) -> list[Piece]:
+        """Pieces in a memory of their own; the parameters' becomes empty."""
+        layout = list(zip(self._starts, self._strides))
+        self.memory = Memory(self.members, layout, self._share * self._axis.size)
+        mine = self.memory.part(self._axis.index * self._share, (self._axis.index + 1) * self._share)
+        away = home != mine.device and torch.cuda.is_available()
+        self._values = mine.to(home).pin_memory() if away and home.type == "cpu" else mine.to(home)
+        self.memory.empty()
+        pieces = []
+        for (start, strides), (_, p) in zip(layout, self.members):
+            ranges = self._ranges(start, p.numel())
+            first, stop = self._within(start, ranges[peers.index])
+            held = Parameter(self._values[first:stop], requires_grad=p.requires_grad)
+            pieces.append(Piece(p, held, ranges, peers, strides, sole=True))
+        return pieces
 
     def _ranges(self, start: int, count: int) -> tuple[Range, ...]:
         """The part of a parameter at `start` that each index holds."""
@@ -117,15 +168,9 @@ class Bucket:
 
     def _mine(self) -> list[Range]:
         """Where each piece lies in this replica's share."""
-        first = self._axis.index * self._share
-        return [
-            (start + piece.mine[0] - first, start + piece.mine[1] - first) if piece.held.numel() else (0, 0)
-            for start, piece in zip(self._starts, self.pieces)
-        ]
+        return [self._within(start, piece.mine) for start, piece in zip(self._starts, self.pieces)]
 
-
-def _piece(p: Parameter, ranges: tuple[Range, ...], peers: Axis) -> Piece:
-    if p.stride() != torch.empty_like(p, device="meta").stride():  # a view with gaps
-        p.data = torch.empty_like(p).copy_(p.data)
-    start, stop = ranges[peers.index]
-    return Piece(p, Parameter(flat(p)[start:stop], requires_grad=p.requires_grad), ranges, peers)
+    def _within(self, start: int, mine: Range) -> Range:
+        """Where a part of the parameter at `start` lies in this replica's share."""
+        before = start - self._axis.index * self._share
+        return (before + mine[0], before + mine[1]) if mine[1] > mine[0] else (0, 0)

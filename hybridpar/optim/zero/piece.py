@@ -24,12 +24,17 @@ _TAG = 8
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """`held` [n] is this replica's part of `whole`, in its memory; `ranges` are the parts of all, by data index."""
+    """`held` [n] is this replica's part of `whole`; `ranges` are the parts of all, by data index.
+
+    `strides` are those of `whole`. `held` lies in its memory, unless `sole`: then `whole` has none between its uses.
+    """
 
     whole: Parameter
     held: Parameter
     ranges: tuple[Range, ...]
     peers: Axis
+    strides: tuple[int, ...]
+    sole: bool = False
 
     @property
     def mine(self) -> Range:
@@ -39,7 +44,7 @@ class Piece:
     def part(self, x: Tensor) -> Tensor:
         """This replica's part [n] of `x`, which has the shape of `whole`."""
         start, stop = self.mine
-        laid = torch.empty_like(self.whole, dtype=x.dtype, device=x.device).copy_(x)
+        laid = torch.empty_strided(self.whole.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
         return flat(laid)[start:stop].clone()
 
     def together(self, part: Tensor) -> Tensor:
@@ -62,8 +67,7 @@ class Piece:
         return self._shaped(torch.cat(parts))
 
     def _shaped(self, memory: Tensor) -> Tensor:
-        strides = torch.empty_like(self.whole, device="meta").stride()
-        return memory.as_strided(self.whole.shape, strides).contiguous()
+        return memory.as_strided(self.whole.shape, self.strides).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +103,40 @@ def keep(piece: Piece) -> None:
 
 
 def forget(p: Parameter) -> None:
-    """Let the parameter be whole again: its next optimizer steps it as it is, or cuts it anew."""
-    vars(p).pop(_NAME, None)
+    """Let the parameter be whole again: its next optimizer steps it as it is, or cuts it anew. Replicas do together."""
+    piece = vars(p).pop(_NAME, None)
+    if piece is not None and piece.sole:
+        p.data = torch.empty_strided(p.shape, piece.strides, dtype=p.dtype, device=p.device).copy_(_value(piece))
+
+
+def lone(p: Tensor) -> bool:
+    """Whether the replicas hold a parameter once among them, and no memory of it between its uses."""
+    piece = piece_of(p)
+    return piece is not None and piece.sole
+
+
+def value(p: Parameter) -> Tensor:
+    """The value of a parameter, whole; replicas call it together, for the same parameters in one order."""
+    return _value(piece_of(p)) if lone(p) else p.detach()
+
+
+@torch.no_grad()
+def put(p: Tensor, new: Tensor) -> None:
+    """Give a parameter, cut or not, or a buffer another value."""
+    if lone(p):
+        piece = piece_of(p)
+        piece.held.copy_(piece.part(new.to(piece.held.dtype)))
+    else:
+        p.copy_(new)
+
+
+def kept(p: Tensor) -> Tensor | Scattered:
+    """What a checkpoint is to keep of a tensor of the model."""
+    return Scattered(piece_of(p), piece_of(p).held) if lone(p) else p
+
+
+def _value(piece: Piece) -> Tensor:
+    return piece.together(piece.held).to(piece.whole.device)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""ZeRO: each replica keeps the optimizer's state, or also the gradients, of its share of the parameters only.
+"""ZeRO: each replica keeps the optimizer's state, or also gradients and weights, of its share of the parameters only.
 
     zero=1    gradients add up over the microbatches; the last backward pass sends each bucket to its owners
     zero=2    every backward pass does, and only the owners add up: no replica ever holds all gradients
+    zero=3    and the parameters are gathered for the time that they are used (zero/weights.py)
 
     the last backward of a chunk    b3 ....... b2 ....... b1 ....... b0 |         (b: the gradient of a parameter)
     reduce-scatter                          [b3 b2] --------            |
                                                            [b1 b0]      | flush ---------- wait
     optimizer.step()                pieces step, then allgather of the parameters, bucket by bucket
 
-Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stages 1 and 2:
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models":
 https://arxiv.org/abs/1910.02054. The data axis is cut, beside the tensor and pipeline axes.
 """
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn import Parameter
@@ -27,6 +29,7 @@ from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import TWICE, Phase, agree
 from hybridpar.optim.zero.bucket import Bucket
 from hybridpar.optim.zero.piece import Piece, keep, piece_of
+from hybridpar.optim.zero.weights import Weights
 from hybridpar.wires.axis import Axis, Handle
 
 _UNDER_WAY = 4  # buckets: a bucket more waits for the first of them, so that memory stays bounded
@@ -47,22 +50,35 @@ class Zero:
         self.stage, self.each_pass, self._model, self._bytes = stage, stage >= 2, model, bucket_bytes
         agree(model.world.data, chunks)
         self._chunks = [_Chunk(f"zero.{i}", model.world.data) for i in range(len(chunks))]
+        self._weights = [Weights(stage, bucket_bytes) for stage in model.parts()] if stage == 3 else []
         self._pieces: dict[Parameter, Piece] = {}
         self.add(chunks)
 
     def add(self, chunks: Sequence[Named]) -> None:
         """Cut more parameters, as when they are unfrozen."""
-        specs, world = self._model.specs(), self._model.world
-        for chunk, named in zip(self._chunks, chunks):
-            late = [(n, p) for n, p in named if not self.each_pass or (n in specs and specs[n].partial)]
-            early = [(n, p) for n, p in named if all(p is not q for _, q in late)]
-            for members, each_pass in ((early, self.each_pass), (late, False)):
-                for group in grouped(members, self._bytes):
-                    bucket = Bucket(chunk.next_name(), group, world.data, world.peers, each_pass)
-                    chunk.add(bucket)
-                    self._pieces |= {piece.whole: piece for piece in bucket.pieces}
+        for number, (chunk, named) in enumerate(zip(self._chunks, chunks)):
+            if self._weights:
+                fleeting, named = self._weights[number].choose(named)
+                for members, units in reversed(fleeting):
+                    for bucket in self._added(chunk, members, fleeting=True):
+                        self._weights[number].add(units, bucket)
+            self._added(chunk, named)
         for piece in self._pieces.values():
             keep(piece)
+
+    def _added(self, chunk: _Chunk, named: Named, fleeting: bool = False) -> list[Bucket]:
+        """New buckets of `chunk` for the parameters `named`."""
+        specs, world = self._model.specs(), self._model.world
+        late = [(n, p) for n, p in named if not self.each_pass or (n in specs and specs[n].partial)]
+        early = [(n, p) for n, p in named if all(p is not q for _, q in late)]
+        added = []
+        for members, each_pass in ((early, self.each_pass), (late, False)):
+            for group in grouped(members, self._bytes):
+                home = group[0][1].device if fleeting else None
+                added.append(Bucket(chunk.next_name(), group, world.data, world.peers, each_pass, home))
+                chunk.add(added[-1])
+        self._pieces |= {piece.whole: piece for bucket in added for piece in bucket.pieces}
+        return added
 
     def pieces(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """What the optimizer is to step in the place of `parameters`."""
@@ -84,20 +100,42 @@ class Zero:
     def passed(self, chunk: int) -> None:
         """A backward pass of `chunk` is over, and more will come in this step."""
         self._chunks[chunk].passed()
+        self._rest(chunk)
 
     def flush(self, chunk: int) -> None:
         """The last pass is over: send what has not left yet."""
         self._chunks[chunk].flush()
+        self._rest(chunk)
 
     def wait(self) -> None:
         """Return when the pieces have their gradients; at once if nothing is on its way."""
         for chunk in self._chunks:
             chunk.wait()
 
+    @contextmanager
+    def evaluating(self, microbatches: int) -> Iterator[None]:
+        """Within it, forwards of so many microbatches; all replicas come here together.
+
+        Those with fewer microbatches than others would not take part in all gathers: then the weights stay.
+        """
+        counts = torch.tensor([microbatches, -microbatches])
+        apart = bool(self._weights) and int(self._model.world.peers.allreduce(counts, "max").sum()) != 0
+        for one in self._weights if apart else ():
+            one.stay(True)
+        try:
+            yield
+        finally:
+            for one in self._weights if apart else ():
+                one.stay(False)
+
+    def _rest(self, chunk: int) -> None:
+        if self._weights:
+            self._weights[chunk].rest()
+
     def publish(self) -> None:
-        """Give all replicas what each has made of its pieces."""
+        """Give all replicas what each has made of its pieces, but for what is gathered when it is needed."""
         gathering: deque[tuple[Bucket, Handle]] = deque()
-        for bucket in [bucket for chunk in self._chunks for bucket in chunk.changed()]:
+        for bucket in [bucket for chunk in self._chunks for bucket in chunk.changed() if bucket.memory is None]:
             if len(gathering) == _UNDER_WAY:
                 _filled(*gathering.popleft())
             gathering.append((bucket, bucket.gather()))

@@ -1,0 +1,198 @@
+"""Weights that come before a unit runs and go after it (ZeRO 3), in the forward and in the backward pass of a chunk.
+
+    forward      [0][1][2][3]           a unit's hook waits for its own weights and asks for those of the next one
+    gathers     0 1  2  3               over the data axis, by Horovod, meanwhile
+    backward     [3][2][1][0]           a hook on what the unit gave does the same, the other way round
+    gathers     3 2  1  0
+
+Autograd runs the nodes made last first. So when the gradient of what unit 1 gave is there, all nodes of unit 2 have
+run, and its weights go. All replicas ask for the same weights in the same order, since they run the same units.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from hybridpar.microbatch import tensors
+from hybridpar.optim.bucket import Named
+from hybridpar.optim.zero.bucket import Bucket
+from hybridpar.optim.zero.piece import piece_of
+from hybridpar.optim.zero.units import outside, units
+from hybridpar.wires.axis import Handle
+
+_BUCKET_BYTES, _SMALL = 4 << 20, 64
+
+
+class Weights:
+    """The weights of the units of one chunk, `stage`; those of less than a 64th of `bucket_bytes` stay."""
+
+    def __init__(self, stage: nn.Module, bucket_bytes: int | None = None) -> None:
+        self._stage, self._units = stage, units(stage)
+        self._small = (bucket_bytes or _BUCKET_BYTES) // _SMALL
+        self._needs: dict[nn.Module, list[Bucket]] = {}
+        self._coming: dict[Bucket, Handle] = {}
+        self._there: dict[Bucket, None] = {}
+        self._inside: list[nn.Module] = []  # units whose forward is under way, an outer one first
+        self._behind: nn.Module | None = None  # the unit whose backward is under way
+        self._order: list[nn.Module] = []  # of the last forward pass
+        self._seen: list[nn.Module] = []  # of this one
+        self._left = 0  # units of `_order` that the backward pass has not come to
+        self._staying = False
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
+        self._hook(stage.register_forward_pre_hook, Weights._begin, prepend=True)
+        self._hook(stage.register_forward_hook, Weights._end)
+
+    def choose(self, named: Named) -> tuple[list[tuple[Named, list[nn.Module]]], Named]:
+        """Of the parameters `named` those that come and go, unit by unit with all units that use them; and the rest."""
+        users: dict[Parameter, list[nn.Module]] = {}
+        for unit in self._units:
+            for p in unit.parameters():
+                users.setdefault(p, []).append(unit)
+        staying = outside(self._stage, self._units)
+        chosen = []
+        for unit in self._units:
+            members = [(n, p) for n, p in named if p not in staying and users.get(p, [None])[0] is unit]
+            if sum(p.numel() * p.element_size() for _, p in members) < self._small or not members:
+                continue
+            chosen.append((members, list(dict.fromkeys(user for _, p in members for user in users[p]))))
+        taken = {p for members, _ in chosen for _, p in members}
+        return chosen, [(n, p) for n, p in named if p not in taken]
+
+    def add(self, users: Sequence[nn.Module], bucket: Bucket) -> None:
+        """The units `users` use parameters of `bucket`."""
+        for unit in users:
+            if unit not in self._needs:
+                self._needs[unit] = []
+                self._hook(unit.register_forward_pre_hook, Weights._enter, prepend=True)
+                self._hook(unit.register_forward_hook, Weights._leave)
+            self._needs[unit].append(bucket)
+
+    def rest(self) -> None:
+        """A pass is over: nothing is there, nor on its way."""
+        self._inside, self._behind = [], None
+        while self._coming:
+            self._coming.pop(next(iter(self._coming))).wait()  # nobody came for it
+        self._drop()
+
+    def stay(self, staying: bool) -> None:
+        """Gather everything and keep it, until told otherwise."""
+        self._staying = staying
+        if staying:
+            self._bring(dict.fromkeys(bucket for needed in self._needs.values() for bucket in needed))
+        else:
+            self.rest()
+
+    # ---- what the hooks do
+
+    def _begin(self, stage: nn.Module, args: Any) -> None:
+        self.rest()
+        self._seen = []
+
+    def _end(self, stage: nn.Module, args: Any, output: Any) -> None:
+        self._order, self._left = self._seen, len(self._seen)
+        self.rest()
+
+    def _enter(self, unit: nn.Module, args: Any) -> None:
+        if unit not in self._needs:
+            return  # the same module's copy in another chunk, which shares its hooks
+        self._inside.append(unit)
+        self._bring(self._needs[unit])
+        if self._behind is not None:
+            return  # computed again, amid a backward pass
+        place = len(self._seen)
+        self._seen.append(unit)
+        if self._order[place : place + 1] == [unit]:
+            self._ask(self._order[place + 1 : place + 2])
+
+    def _leave(self, unit: nn.Module, args: Any, output: Any) -> None:
+        if unit not in self._needs:
+            return
+        if torch.is_grad_enabled():
+            given = tensors(output)
+            if not given:
+                raise ValueError(
+                    f"a {type(unit).__name__} returns a {type(output).__name__} in which zero=3 finds no tensor, whose "
+                    "gradient tells when weights are needed again: return a tensor, a tuple or a dict, or use zero=2"
+                )
+            this = weakref.ref(self)
+            for t in given:
+                if t.requires_grad:
+                    t.register_hook(functools.partial(_returned, this, unit))
+        while self._inside and self._inside.pop() is not unit:
+            pass  # its forward was broken off
+        self._drop()
+
+    def _return(self, unit: nn.Module) -> None:
+        """The gradient of what `unit` gave is there: its nodes run next."""
+        if self._behind is None:
+            self._left = len(self._order)
+        self._inside, self._behind = [], unit
+        self._bring(self._needs[unit])
+        place = next((i for i in reversed(range(self._left)) if self._order[i] is unit), None)
+        if place is not None:
+            self._left = place
+            self._ask(self._order[max(place - 1, 0) : place])
+
+    # ---- what is there
+
+    def _ask(self, following: Iterable[nn.Module]) -> None:
+        """Begin to gather what these units need."""
+        for unit in following:
+            for bucket in self._needs[unit]:
+                if bucket not in self._there and bucket not in self._coming:
+                    self._coming[bucket] = bucket.gather()
+
+    def _bring(self, buckets: Iterable[Bucket]) -> None:
+        """Have `buckets` there, and no others that are not needed."""
+        wanted = [bucket for bucket in buckets if bucket not in self._there]
+        for bucket in wanted:
+            if bucket not in self._coming:
+                self._coming[bucket] = bucket.gather()
+        self._drop()  # first, so that both need not be there at once
+        for bucket in wanted:
+            bucket.fill(self._coming.pop(bucket).wait())
+            self._there[bucket] = None
+
+    def _drop(self) -> None:
+        if self._staying:
+            return
+        running = [*self._inside, *([] if self._behind is None else [self._behind])]
+        needed = {bucket for unit in running for bucket in self._needs[unit]}
+        for bucket in [bucket for bucket in self._there if bucket not in needed]:
+            del self._there[bucket]
+            bucket.memory.empty()
+
+    def _hook(self, register: Callable[..., RemovableHandle], method: Callable[..., None], **how: bool) -> None:
+        self._hooks.append(register(functools.partial(_called, weakref.ref(self), method), **how))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another optimizer has taken the parameters over."""
+        bucket = next((needed[0] for needed in self._needs.values()), None)
+        return bucket is not None and piece_of(bucket.members[0][1]) is not bucket.pieces[0]
+
+
+def _called(weights: weakref.ref[Weights], method: Callable[..., None], *args: Any) -> None:
+    alive = weights()
+    if alive is not None and not alive.replaced:
+        method(alive, *args)
+
+
+def _returned(weights: weakref.ref[Weights], unit: nn.Module, gradient: torch.Tensor) -> None:
+    alive = weights()
+    if alive is not None and not alive.replaced:
+        alive._return(unit)
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()
