@@ -48,7 +48,8 @@ FLOORS = (
     ),
     (
         "whole",
-        ("assemble", "engine", "evaluating", "unsplit", "start", "doctor", "proof/watch", "proof/recorder", "proof/reference")
+        ("assemble", "engine", "evaluating", "unsplit", "start", "doctor")
+        + ("proof/watch", "proof/recorder", "proof/reference")
         + ("checkpoint/parts", "checkpoint/inventory", "checkpoint/commit", "checkpoint/save", "checkpoint/load")
         + ("checkpoint/runs", "checkpoint/look", "checkpoint/export")
         + ("proof/between", "proof/compare", "proof/diagnose", "proof/locate", "proof/verify", "proof/rank")
