@@ -222,6 +222,8 @@ def _check(
     stream = isinstance(dataset, IterableDataset)
     if "generator" in options:
         raise ValueError("generator: hp.DataLoader chooses random numbers by seed and epoch; give seed= instead")
+    if options.get("in_order") is False:
+        raise ValueError("in_order=False: batches that overtake one another differ between ranks; leave it out")
     if (sampler is not None) + (batch_sampler is not None) + stream > 1:
         raise ValueError("a sampler, a batch_sampler and an iterable data set each give an order: choose one of them")
     if shuffle is not None and (stream or sampler is not None or batch_sampler is not None):
