@@ -129,6 +129,7 @@ def parallelize(
         report=_report(all_stages, homes, spent, bounds, applied, mesh, again),
         in_step=synced > 0,
         asked=asked,
+        reads_batches=any(s in (0, len(homes) - 1) or isinstance(stage, SkeletonStage) for s, stage in mine.items()),
     )
     listener().parallelized(model)
     return model

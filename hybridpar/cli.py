@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ def _said() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         click.echo(f"hybridpar: {error}", err=True)
         sys.exit(2 if isinstance(error, ValueError) else getattr(error, "exit_code", 1))
+
+
+def _environment(wishes: Wishes) -> dict[str, str]:
+    """Ours, and how wide the terminal is, if what ranks print goes to one as it comes."""
+    shown = sys.stderr.isatty() and not wishes.tag_output and not wishes.output_dir
+    columns = {"HYBRIDPAR_COLUMNS": str(shutil.get_terminal_size().columns)} if shown else {}
+    return {**os.environ, **columns}
 
 
 def _no_option(context: click.Context, _: click.Parameter, script: str) -> str:
@@ -101,7 +109,7 @@ def run(
     with _said():
         wishes = Wishes(sets=tuple(setting(one) for one in sets), **options)
         job = plan(
-            ranks, [script, *arguments], os.environ, scripts(), prefix(), len(os.sched_getaffinity(0)),
+            ranks, [script, *arguments], _environment(wishes), scripts(), prefix(), len(os.sched_getaffinity(0)),
             tensor=tensor, pipeline=pipeline, data=data, carrier=carrier, sync=sync, wishes=wishes,
         )  # fmt: skip
         if dry_run:

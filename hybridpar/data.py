@@ -16,10 +16,12 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from hybridpar.batches import Batches, mixed
 from hybridpar.handing import handed
+from hybridpar.microbatch import Elsewhere
 from hybridpar.orders import Sampled
 from hybridpar.streams import Stream, agree, check_stream
 
 if TYPE_CHECKING:
+    from hybridpar.engine import ParallelModel
     from hybridpar.wires.world import World
 
 
@@ -33,7 +35,8 @@ class DataLoader:
     A `sampler` gives the order instead, or a `batch_sampler` the batches (then without `batch_size`), as for one
     process: of all replicas together. Of an iterable data set every replica reads all and keeps its part of each batch;
     with `own_stream` it gives each replica samples of its own, and all end together, when the first one does.
-    With `shared` only the first rank of each replica loads, and hands its batches to the others.
+    With `shared` only the first rank of each replica loads, and hands its batches to the others. With `model`, for
+    which the batches are, ranks whose stages use neither inputs nor targets load nothing and have no workers.
 
     The position, `epoch` and `batch`, is that of the next batch to be handed out; batches that workers have prefetched
     do not count. A loop that is left early is taken up where it was left.
@@ -60,10 +63,13 @@ class DataLoader:
         batch_sampler: Iterable[Sequence[int]] | None = None,
         own_stream: bool = False,
         shared: bool = False,
+        model: ParallelModel | None = None,
         **options: Any,
     ) -> None:
         _check(dataset, batch_size, shuffle, drop_last, sampler, batch_sampler, own_stream, options)
-        self._mesh, self._shared, self._agreed = mesh, shared, False
+        if model is not None and (shared or isinstance(dataset, IterableDataset)):
+            raise ValueError("model= is for map-style data sets that each rank loads: leave it out, or shared=True")
+        self._mesh, self._shared, self._model, self._agreed = mesh, shared, model, False
         self._replica, self._replicas = mesh.data.index, mesh.data.size
         self.epoch = self.batch = 0
         self._generator = torch.Generator()  # torch draws the seeds of workers from it
@@ -93,8 +99,11 @@ class DataLoader:
                 agree(source, self._mesh.everyone)
                 self._agreed = True
             source.place(self._replica, self._replicas, self.epoch, self.batch)
-        loads = not self._shared or self._mesh.replica.index == 0
+        looks = self._model is None or self._model.reads_batches
+        loads = looks and (not self._shared or self._mesh.replica.index == 0)
         batches = iter(self._loader) if loads else iter(())
+        if not looks:
+            batches = (Elsewhere() for _ in self.indices())
         if isinstance(source, Stream) and source.own and loads:
             batches = self._until_one_ends(batches)
         for batch in handed(batches, self._mesh.replica) if self._shared else batches:
@@ -213,6 +222,8 @@ def _check(
     stream = isinstance(dataset, IterableDataset)
     if "generator" in options:
         raise ValueError("generator: hp.DataLoader chooses random numbers by seed and epoch; give seed= instead")
+    if options.get("in_order") is False:
+        raise ValueError("in_order=False: batches that overtake one another differ between ranks; leave it out")
     if (sampler is not None) + (batch_sampler is not None) + stream > 1:
         raise ValueError("a sampler, a batch_sampler and an iterable data set each give an order: choose one of them")
     if shuffle is not None and (stream or sampler is not None or batch_sampler is not None):

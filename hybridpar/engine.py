@@ -21,13 +21,14 @@ from hybridpar.company import Company
 from hybridpar.evaluating import Evaluating
 from hybridpar.global_view import everywhere
 from hybridpar.loss import WeightedLoss, is_cut, logits
-from hybridpar.microbatch import fingerprint, split_batch, to_device
+from hybridpar.microbatch import Elsewhere, to_device
 from hybridpar.optim.model import Averaging
 from hybridpar.optim.partial import PartialSums
 from hybridpar.optim.precision import Scaling
 from hybridpar.optim.zero.piece import stepped, value
 from hybridpar.pipeline.executor import Executor, Micro
 from hybridpar.pipeline.schedule import Schedule
+from hybridpar.portion import portion
 from hybridpar.proof.point import listener
 from hybridpar.seeds import Draw
 from hybridpar.shard import Spec
@@ -47,6 +48,7 @@ class ParallelModel:
     """What `hp.parallelize` returns: this rank's part of the model.
 
     `world` are the axes, `report` says in words how the model was cut. `in_step`: replicas meet within their forwards.
+    `reads_batches`: whether a stage of this rank uses inputs or targets (hp.DataLoader).
 
     Example:
         >>> model = hp.parallelize(nn.Linear(4, 1), world, loss=nn.MSELoss())
@@ -71,8 +73,9 @@ class ParallelModel:
         report: str,
         asked: Combination,
         in_step: bool = False,
+        reads_batches: bool = True,
     ) -> None:
-        self.world, self.report, self._in_step = world, report, in_step
+        self.world, self.report, self._in_step, self.reads_batches = world, report, in_step, reads_batches
         self._stages, self._owned, self._applied = stages, owned, applied
         self._executor, self._schedules, self._draw = executor, schedules, draw
         self._loss, self.asked = loss, asked
@@ -128,8 +131,9 @@ class ParallelModel:
             >>> logits = model.predict(ids)                               # doctest: +SKIP
         """
         outputs: list[Tensor] = []
-        parts = split_batch(to_device(inputs, self.world.device), microbatches)
-        micros = [Micro(part, torch.arange(n), lambda output: outputs.append(self._whole(output))) for part, n in parts]
+        cut = portion(to_device(inputs, self.world.device), microbatches, self.world.replica)
+        finish = lambda output: outputs.append(self._whole(output))  # noqa: E731
+        micros = [Micro(part, torch.arange(n), finish) for part, n in zip(cut.parts, cut.sizes)]
         with Evaluating(self, self._stages.values()), self._evaluating(len(micros)):
             self._spans = self._executor.run(self._schedules(len(micros)).evaluation(), micros)
         return self._everywhere(torch.cat(outputs) if outputs else None)
@@ -137,27 +141,26 @@ class ParallelModel:
     def _with_loss(self, batch: tuple[Any, Any], microbatches: int, training: bool) -> float:
         if self._loss is None:
             raise ValueError("this model was parallelized without a loss: hp.parallelize(module, mesh, loss=...)")
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        away = isinstance(batch, Elsewhere) and not self.reads_batches
+        if not away and (not isinstance(batch, tuple | list) or len(batch) != 2):
             held = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
             raise ValueError(f"a batch is a pair (inputs, targets), and this is a {type(batch).__name__}{held}")
         world, loss = self.world, self._loss
-        inputs, targets = to_device(batch, world.device)
-        parts = split_batch((inputs, targets), microbatches, self._largest)
-        sizes = [n for _, n in parts]
-        self._agree_on([sum(sizes), len(parts), fingerprint((inputs, targets))])
+        weigh = lambda part, n: loss.weight(part[1], n)  # noqa: E731
+        cut = portion(to_device(batch, world.device), microbatches, world.replica, self._largest, weigh)
+        parts, sizes = cut.parts, cut.sizes
         self._largest = max(self._largest, sum(sizes))
-        weights = [loss.weight(part[1], n) for part, n in parts]
         company = self._company if training else Company(world, world.data, self._in_step)
-        before, weight = company.count(sum(sizes), len(parts), sum(weights))
+        before, weight = company.count(sum(sizes), len(parts), cut.weight)
         losses: list[Tensor] = []
         scale = company.size / weight * (self.scaling.begin() if training and self.scaling else 1) if weight else 0.0
 
         def micro(m: int) -> Micro:
-            (mine, wanted), n = parts[m]
+            (mine, wanted), n = parts[m] or (None, None), sizes[m]
             start = before + sum(sizes[:m])
 
             def finish(output: Any) -> Tensor | None:
-                total = loss.total(output, wanted, weights[m])
+                total = loss.total(output, wanted, cut.weights[m])
                 losses.append(total.detach())
                 return total * scale if training else None
 
@@ -171,17 +174,6 @@ class ParallelModel:
         speaks = losses and world.tensor.index == 0
         value = torch.stack(losses).double().sum() if speaks else torch.zeros((), dtype=torch.float64)
         return company.total(value.cpu()).item() / weight if weight else 0.0
-
-    def _agree_on(self, batch: Sequence[float]) -> None:
-        """Raise where the ranks of this replica were given different batches: samples, microbatches, fingerprint."""
-        told = torch.tensor([*batch, *(-value for value in batch)], dtype=torch.float64)
-        most, least = self.world.replica.allreduce(told, "max").chunk(2)
-        if not torch.equal(most, -least):
-            raise ValueError(
-                f"the {self.world.replica.size} ranks of one replica were given different batches (this one: "
-                f"{batch[0]:.0f} samples, microbatches={batch[1]:.0f}): choose samples by hvd.rank() or "
-                "mesh.place.data, not by mesh.rank, and seed alike what is drawn at random in the data set"
-            )
 
     def _whole(self, output: Any) -> Tensor:
         """A microbatch's output, whole on every tensor rank."""

@@ -5,13 +5,31 @@ A batch is a tensor, or tuples, lists and dicts of them; whatever is not a tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridpar.shard import balanced
+
+
+class Elsewhere:
+    """What a rank is given in the place of a batch, or of its inputs or targets, that its stages would not look at.
+
+    `samples` are known when a step was made with it.
+
+    Example:
+        >>> inputs, targets = Elsewhere()
+    """
+
+    samples = 0
+
+    def __iter__(self) -> Iterator[Elsewhere]:
+        return iter((self, self))
+
+    def __getitem__(self, _: object) -> Elsewhere:
+        return self
 
 
 def split_batch(batch: Any, microbatches: int, largest: int = 0) -> list[tuple[Any, int]]:

@@ -5,6 +5,7 @@ The only place that reads what `hybridpar run` (launch/) and the user wrote into
     HYBRIDPAR_TENSOR, HYBRIDPAR_PIPELINE, HYBRIDPAR_DATA    degrees; they overrule the script's
     HYBRIDPAR_CARRIER                                       mpi, gloo or nccl, for the tensor and pipeline axes
     HYBRIDPAR_SYNC                                          the sync policy of the data axis; overrules the script's
+    HYBRIDPAR_COLUMNS                                       those of the terminal that shows what the ranks print
     HYBRIDPAR_SYNCHRONOUS_SENDS                             1: sends wait for their receiver (tests)
     HYBRIDPAR_SILENT_SECONDS                                without a sign of life a rank ends the job; 0: never
     HYBRIDPAR_LINK_SECONDS                                  so long the network may be away
@@ -91,7 +92,8 @@ def init(
     stop_earlier_horovod(comm)
     torch.manual_seed(seed)
     carrier = os.environ.get("HYBRIDPAR_CARRIER") or carrier or "mpi"
-    opened = open_world(comm, mesh, seed, carrier, os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1", sync)
+    waiting = os.environ.get("HYBRIDPAR_SYNCHRONOUS_SENDS") == "1"
+    opened = open_world(comm, mesh, seed, carrier, waiting, sync, _told("HYBRIDPAR_COLUMNS", None))
     atexit.register(opened.leave)  # after the ending has waited for all ranks: exit functions run last in, first out
     ending.watch(comm, opened.data.ranks, *patience)
     atexit.register(opened.rest)

@@ -194,6 +194,8 @@ def test_what_a_loader_cannot_do_is_refused_with_a_sentence() -> None:
         DataLoader(iter(range(3)), world(), batch_size=1)
     with pytest.raises(ValueError, match="generator: hp.DataLoader chooses random numbers"):
         DataLoader(Numbers(4), world(), batch_size=2, generator=torch.Generator())
+    with pytest.raises(ValueError, match="in_order=False: batches that overtake"):
+        DataLoader(Numbers(4), world(), batch_size=2, num_workers=2, in_order=False)
     with pytest.raises(ValueError, match="last batch of an epoch has 1 of 4 samples"):
         DataLoader(Numbers(9), world(2, 0), batch_size=4)
     loader = DataLoader(Numbers(9), world(), batch_size=4)

@@ -313,3 +313,49 @@ def test_orders_that_differ_between_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match="list gives the 2 ranks different orders in epoch 0"):
         drawn(hp.DataLoader(Numbers(4), mesh, 2, sampler=order))
     mesh.close()
+
+
+class Told(Dataset[Any]):
+    """Samples of a text, and who has fetched any."""
+
+    fetched = 0
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, i: int) -> Any:
+        self.fetched += 1
+        text = torch.randint(37, (11,), generator=torch.Generator().manual_seed(i))
+        return text[:-1], text[1:]
+
+
+@ranks(4)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_ranks_between_the_first_stage_and_the_last_load_nothing_and_train_alike(schedule: str) -> None:
+    import hybridpar as hp
+    from tests.models import gpt
+
+    torch.set_num_threads(1)
+    mesh = hp.init(pipeline=4, seed=3)
+    found = []
+    for needed in (False, True):
+        model = hp.parallelize(gpt(depth=6, dropout=0.1), mesh, hp.CrossEntropy(), schedule=schedule)
+        optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        samples = Told()
+        loader = hp.DataLoader(samples, mesh, 4, model=model if needed else None)
+        losses = []
+        for batch in [*loader, *loader]:  # the last one of an epoch is shorter than the microbatches
+            losses.append(model.train_step(batch, 4))
+            optimizer.step()
+            optimizer.zero_grad()
+        inputs, targets = batch
+        losses += [model.eval_step((inputs, targets) if model.reads_batches else batch, 2)]
+        found.append((losses, model.predict(inputs, 2), loader.state_dict()))
+        assert (samples.fetched > 0) == (not needed or mesh.rank in (0, 3))
+    mesh.close()
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and found[0][2] == found[1][2]
+
+
+def test_a_model_that_does_not_look_at_batches_goes_with_samples_by_number_only() -> None:
+    with pytest.raises(ValueError, match="model= is for map-style data sets"):
+        DataLoader(Counting(9), world(), 4, model=object())

@@ -171,3 +171,31 @@ def test_averages_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was saved without a ema"):
         hp.load(tmp_path / "kept", model, hp.EMA(model))
     mesh.close()
+
+
+@ranks(1)
+def test_averages_of_weights_in_bf16_are_kept_in_fp32_and_move(tmp_path: Path) -> None:
+    mesh = hp.init(seed=3)
+    model = hp.parallelize(layers(4, 2, dtype=torch.bfloat16), mesh, F.mse_loss)
+    ema = hp.EMA(model, 0.999)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wanted = {name: p.float() for name, p in weights.items()}
+    for step in range(50):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name] + 1 + step % 2)
+                wanted[name] = 0.999 * wanted[name] + 0.001 * p.float()
+        ema.update()
+    now = model.full_state_dict()
+    with ema.applied():
+        for name, x in model.full_state_dict().items():
+            assert torch.equal(x, wanted[name].bfloat16()) and not torch.equal(x, weights[name])
+    close(model.full_state_dict(), now)
+    hp.save(tmp_path / "kept", model, ema)
+    other = hp.EMA(model, 0.999)
+    hp.load(tmp_path / "kept", model, other)
+    for name, x in other.averages.items():
+        assert x.dtype is torch.float32
+        torch.testing.assert_close(x, wanted[name], rtol=1e-5, atol=0)
+        assert torch.equal(x, ema.averages[name])
+    mesh.close()

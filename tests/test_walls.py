@@ -42,7 +42,7 @@ FLOORS = (
         + ("checkpoint/plain", "checkpoint/stream", "checkpoint/randomness", "checkpoint/agreement")
         + ("checkpoint/gathering", "checkpoint/writing", "checkpoint/replicas")
         + ("checkpoint/optimizers", "checkpoint/saving")
-        + ("orders", "streams", "handing")
+        + ("orders", "streams", "handing", "portion")
         + ("watch/traffic", "watch/finite", "watch/drift", "watch/work", "watch/norm"),
         ("torch", "safetensors"),
     ),

@@ -390,3 +390,76 @@ def test_a_batch_is_counted_in_samples_and_where_it_has_ids_in_tokens() -> None:
     assert _sizes((numbers(5, 3), numbers(5))) == (5, 0)
     assert _sizes(({"ids": tokens(0)[0]}, None)) == (SAMPLES, SAMPLES * TOKENS)
     assert _sizes(None) == (0, 0)
+
+
+def test_the_line_of_progress_is_alive_at_the_terminal_of_hybridpar_run_too() -> None:
+    pipe = io.StringIO()
+    line = Line(300, pipe, columns=100)
+    line.show(REPORT)
+    line.close()
+    assert "\x1b[" in pipe.getvalue() and "loss 5.250" in pipe.getvalue()
+
+
+@ranks(2)
+def test_overflows_of_fp16_are_counted_and_told_of_only_where_no_scale_helps() -> None:
+    import hybridpar as hp
+
+    mesh = hp.init()
+    model = hp.parallelize(gpt(dtype=torch.float32), mesh, loss=hp.CrossEntropy(), precision="fp16")
+    optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model.scaling.scale = 2.0**40
+    watch = hp.Watch(model, optimizer, progress=False, strict=True)
+    last = [stepped(model, optimizer, watch, step) for step in range(3)][-1]
+    assert (last.scale, last.skipped) == (2.0**37, 3) and "skipped 3" in last.words()
+    model.scaling.scale = 1.0
+    next(model.parameters()).register_hook(lambda gradient: gradient * torch.nan)
+    watch.close()
+    watch = hp.Watch(model, optimizer, progress=False, best=1e9)
+    (said,) = set(stepped(model, optimizer, watch, 0).warnings[:1])
+    mesh.close()
+    assert "is not finite on rank 0" in said
+
+
+@ranks(1)
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_the_peak_is_that_of_what_products_are_computed_in(
+    precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hybridpar as hp
+    from hybridpar.watch import watch as module
+
+    asked = []
+    monkeypatch.setattr(module, "peak", lambda device, dtype: asked.append(dtype) or 1e9)
+    mesh = hp.init()
+    model = hp.parallelize(gpt(dtype=torch.float32), mesh, loss=hp.CrossEntropy(), precision=precision)
+    optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    watch = hp.Watch(model, optimizer, progress=False)
+    for step in range(2):
+        stepped(model, optimizer, watch, step)
+    mesh.close()
+    assert asked == [torch.bfloat16 if precision else torch.float32]
+
+
+@ranks(4)
+@pytest.mark.parametrize("sync", ["diloco(2, inside=2)", "async_ps(1)"])
+def test_bytes_of_a_sync_policy_are_counted_on_the_axes_that_it_opens(sync: str) -> None:
+    import hybridpar as hp
+
+    torch.set_num_threads(1)
+    mesh = hp.init()
+    model = hp.parallelize(layers(6, 8, 3), mesh, nn.MSELoss())
+    optimizer = hp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, sync=sync)
+    watch = hp.Watch(model, optimizer, progress=False, best=1e9, drift=None, every=4)
+    batch = numbers(4, 6), numbers(4, 3)
+    for _ in range(4):
+        loss = model.train_step(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = watch.step(loss, batch) or watch
+    optimizer.meet()
+    mesh.close()
+    weights = 8 * sum(p.numel() for p in model.parameters())
+    company = 2 if "inside" in sync else 1
+    # Gradients among two in each step and weights in each second one; or what moved and weights, three quarters each.
+    least = company * weights * 1.3 if company == 2 else 1.2 * weights
+    assert least < metrics.sent["data"] < 2 * least

@@ -23,6 +23,7 @@ from hybridpar.optim.compression import Compression, Wire
 from hybridpar.optim.matrix import check_cut
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
+from hybridpar.optim.rounding import Rounding
 from hybridpar.optim.sync.policy import Policy, policy
 from hybridpar.optim.sync.wish import called, parse
 from hybridpar.optim.zero import inside
@@ -40,6 +41,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients, 3 also
     the weights. The optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad`
     (docs/zero.md).
+    `rounding` "stochastic" is for weights in bf16: steps are rounded by chance, not to the nearest (docs/precision.md).
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
     in `step(closure)`: a closure's gradients would never be averaged.
@@ -61,6 +63,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         bucket_bytes: int | None = None,
         sync: str | None = None,
         zero: int = 0,
+        rounding: str | None = None,
     ) -> None:
         _check(optimizer, compression, clip)
         compression = compression or Compression.none
@@ -81,6 +84,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             inside.install(optimizer, self._zero.piece)
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
         model.attach(self._reducer)
+        if rounding not in (None, "stochastic"):
+            raise ValueError(f'rounding={rounding!r}: choose "stochastic", or None for torch\'s own, to the nearest')
+        self._rounding = Rounding(optimizer, model) if rounding else None
         if model.scaling is not None:
             model.scaling.watch(self._gradients)
 
@@ -98,7 +104,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self.clip is not None:
             self.norm = clip_grad_norm_(self._model, self.clip)
         self._policy.before()
-        self.inner.step()
+        (self._rounding or self.inner).step()
         if self._zero is not None:
             self._zero.publish()
         self._policy.after()

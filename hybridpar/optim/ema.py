@@ -1,6 +1,8 @@
 """The moving average of a model's weights, each rank its shards: no rank ever holds the whole.
 
     average = decay * average + (1 - decay) * weight         after each step (Polyak & Juditsky 1992)
+
+Averages of 16-bit weights are kept in fp32: a thousandth of a difference is lost in bf16, and they would never move.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ class EMA:
         self.decay, self.updates = decay, 0
         self._model = model
         self.averages: dict[str, Tensor] = {
-            name: value(p).clone() for chunk in model.chunks() for name, p in chunk if p.is_floating_point()
+            name: value(p).to(_wide(p.dtype), copy=True)
+            for chunk in model.chunks()
+            for name, p in chunk
+            if p.is_floating_point()
         }
 
     @torch.no_grad()
@@ -48,24 +53,35 @@ class EMA:
                 'hp.save keeps after optimizer.meet(), or use sync="allreduce"'
             )
         for name, p in self._weights():
-            self.averages[name].lerp_(value(p), 1 - self.decay)
+            self.averages[name].lerp_(value(p).to(self.averages[name].dtype), 1 - self.decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it, the model's weights are the averages: for evaluation, predictions, `full_state_dict`."""
-        self._exchange()
+        own = self._exchange({})
         try:
             yield
         finally:
-            self._exchange()
+            self._exchange(own)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _exchange(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights and averages change places; returns the weights whose averages are wider, and so keep their place,
+        and takes them back as `own`."""
+        aside: dict[str, Tensor] = {}
         for name, p in self._weights():
             kept = value(p).clone()
-            put(p, self.averages[name])
-            self.averages[name].copy_(kept)
+            put(p, own.get(name, self.averages[name]))
+            if p.dtype == self.averages[name].dtype:
+                self.averages[name].copy_(kept)
+            else:
+                aside[name] = kept
+        return aside
 
     def _weights(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for chunk in self._model.chunks() for name, p in chunk if name in self.averages]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype

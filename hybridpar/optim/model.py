@@ -51,6 +51,7 @@ class Parallel(Protocol):
     world: World
     asked: Combination  # what the model was made for; the optimizer adds the rest
     scaling: Scaling | None  # that of fp16's losses
+    steps: int  # training steps so far
     scattered: bool  # whether each replica has its piece of the gradients only
 
     @property

@@ -73,7 +73,7 @@ class Executor:
         self._chunks, self._mailbox, self._rank = chunks, mailbox, rank
         self._ties, self._draw, self._first_tag = ties, draw, first_tag
         self._numbers = {stage: i for i, stage in enumerate(chunks)}
-        self._casting = casting
+        self.casting = casting
 
     def run(self, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing] = ()) -> list[Span]:
         """Run all actions of this rank; returns when each began and ended, in seconds of `time.perf_counter`."""
@@ -116,7 +116,7 @@ class _Run:
             inputs, skips = _unpack(entering, structure)
         began = time.perf_counter()
         self._of._draw.samples = micro.samples
-        with self._of._casting():
+        with self._of.casting():
             output, skips = stage(inputs, skips, micro.inputs)
             pulled = micro.finish(output) if action.stage == self._schedule.stages - 1 else None
         if action.stage == self._schedule.stages - 1:

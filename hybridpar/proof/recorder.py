@@ -132,6 +132,7 @@ class Recorder(Silent):
     def parallelized(self, model: ParallelModel) -> None:
         if self.model is None:
             self.model = model
+            model.reads_batches = True  # so that all ranks can be compared
             # The script may close its world after its last step; it is needed once more.
             self._closing, model.world._closing[:] = list(model.world._closing), []
 

@@ -16,7 +16,8 @@ class Metrics:
     before clipping; `flops` of the model per second over all ranks, and `peak`, their share of what the ranks could
     do; `bubble`, the idle share of the ranks in the last step's schedule; `sent`, the bytes that all ranks hand to
     each axis in one step; `memory`, the most bytes that any rank has held; `staleness`, under sync="async_ps(...)", by
-    how many steps the slowest replica was behind, on average. None is what is not known.
+    how many steps the slowest replica was behind, on average; `scale` of fp16's losses, and `skipped`, the steps that
+    overflowed so far. None is what is not known.
 
     Example:
         >>> print(Metrics(12, 5.25, seconds=0.5, samples=32.0, tokens=4096.0, norm=1.5).words(total=300))
@@ -35,6 +36,8 @@ class Metrics:
     sent: Mapping[str, float] = field(default_factory=dict)
     memory: int | None = None
     staleness: float | None = None
+    scale: float | None = None
+    skipped: int | None = None
     more: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -75,6 +78,8 @@ class Metrics:
             said.append(f"memory {scaled(self.memory)}B")
         if self.staleness is not None:
             said.append(f"staleness {self.staleness:.1f}")
+        if self.skipped:
+            said.append(f"skipped {self.skipped}")
         said += [f"{name} {value:.4g}" for name, value in self.more.items()]
         if total and self.seconds:
             said.append(f"left {clock((total - self.step) * self.seconds)}")

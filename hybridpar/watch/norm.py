@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hybridpar.optim.clip import grad_norm
 from hybridpar.optim.distributed import DistributedOptimizer
 from hybridpar.optim.model import Parallel
+from hybridpar.wires.axis import Axis
 
 
 class Norm:
@@ -56,6 +57,16 @@ def lags(optimizer: torch.optim.Optimizer | None) -> tuple[int, int]:
     """
     counted = getattr(getattr(optimizer, "policy", None), "lags", {})
     return sum(counted.values()), sum(behind * steps for behind, steps in counted.items())
+
+
+def between(optimizer: torch.optim.Optimizer | None) -> Sequence[Axis]:
+    """The axes on which the optimizer's sync policy sends.
+
+    Example:
+        >>> between(None)
+        ()
+    """
+    return optimizer.policy.axes if isinstance(optimizer, DistributedOptimizer) else ()
 
 
 def why(optimizer: torch.optim.Optimizer | None) -> str:

@@ -17,14 +17,17 @@ _SECONDS = {True: 0.1, False: 5.0}  # between two pictures on a terminal; betwee
 class Line:
     """Shows reports on `stream` (stderr unless given); `total` is the number of the last step, if it is known.
 
+    `columns` are those of the terminal at the other end, where `hybridpar run` passes on what is printed.
+
     Example:
         >>> line = Line(total=300)                  # doctest: +SKIP
         >>> line.show(metrics)                      # doctest: +SKIP
     """
 
-    def __init__(self, total: int | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int | None = None, stream: TextIO | None = None, columns: int | None = None) -> None:
         self._total, self._stream = total, sys.stderr if stream is None else stream
-        self._live: Progress | None = _live(self._stream, total) if self._stream.isatty() else None
+        alive = columns or self._stream.isatty()
+        self._live: Progress | None = _live(self._stream, total, columns) if alive else None
         self._shown, self._last = 0.0, None
 
     def show(self, metrics: Metrics) -> None:
@@ -61,13 +64,14 @@ class Line:
             self._live.refresh()
 
 
-def _live(stream: TextIO, total: int | None) -> Progress:
+def _live(stream: TextIO, total: int | None, columns: int | None) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
     text = TextColumn("{task.description}", markup=False)
     # Drawn by `show` only: a thread that draws by itself would take time from the training.
-    live = Progress(BarColumn(12), text, console=Console(file=stream), auto_refresh=False)
+    console = Console(file=stream, force_terminal=bool(columns) or None, width=columns)
+    live = Progress(BarColumn(12), text, console=console, auto_refresh=False)
     live.add_task("", total=total)
     live.start()
     return live

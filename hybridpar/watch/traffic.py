@@ -5,12 +5,13 @@
     broadcast                                     those of the tensor, at its source
 
 What a carrier makes of it (a ring moves 2 (n-1)/n of an allreduce) is its own affair, and what goes around the axes,
-such as Horovod's own optimizer, is not seen.
+such as Horovod's own optimizer, is not seen. A thread may use an axis too (the servers of optim/sync).
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,10 +32,16 @@ class Traffic:
 
     def __init__(self, axes: Mapping[str, Sequence[Axis]]) -> None:
         self.bytes = dict.fromkeys(axes, 0)
-        self._inside = False  # an axis may use another, or itself, to do what it is asked
+        self._inside = threading.local()  # an axis may use another, or itself, to do what it is asked
+        self._lock = threading.Lock()
         self._replaced: list[tuple[Axis, str, Any]] = []
+        self.follow(axes)
+
+    def follow(self, axes: Mapping[str, Sequence[Axis]]) -> None:
+        """Count what is handed to these axes too."""
+        followed = {id(axis) for axis, _, _ in self._replaced}
         for name, several in axes.items():
-            for axis in several:
+            for axis in {id(axis): axis for axis in several if id(axis) not in followed}.values():
                 for method in _METHODS:
                     self._stand_before(name, axis, method)
 
@@ -54,15 +61,17 @@ class Traffic:
 
         @functools.wraps(own)
         def counted(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._inside:
+            if getattr(self._inside, "here", False):
                 return own(x, *args, **kwargs)
             if method != "broadcast" or axis.index == (args[0] if args else kwargs["source"]):
-                self.bytes[name] += sum(t.numel() * t.element_size() for t in (x if method == "alltoall" else [x]))
-            self._inside = True
+                count = sum(t.numel() * t.element_size() for t in (x if method == "alltoall" else [x]))
+                with self._lock:
+                    self.bytes[name] += count
+            self._inside.here = True
             try:
                 return own(x, *args, **kwargs)
             finally:
-                self._inside = False
+                self._inside.here = False
 
         setattr(axis, method, counted)
         self._replaced.append((axis, method, counted))

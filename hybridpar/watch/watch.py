@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybridpar.engine import ParallelModel
-from hybridpar.microbatch import tensors
+from hybridpar.microbatch import Elsewhere, tensors
 from hybridpar.trace.spans import WORK
 from hybridpar.watch.drift import drifted
 from hybridpar.watch.finite import Finite
 from hybridpar.watch.metrics import Metrics
-from hybridpar.watch.norm import Norm, lags, why
+from hybridpar.watch.norm import Norm, between, lags, why
 from hybridpar.watch.together import Together
 from hybridpar.watch.traffic import Traffic
 from hybridpar.watch.work import Work, compiled, peak
@@ -86,7 +86,7 @@ class Watch:
         self._writers: list[JsonLines | TensorBoard | Line] = []
         if world.rank == 0:
             self._writers = _writers(jsonl, tensorboard)
-        self._line = _line(total) if world.rank == 0 and progress else None
+        self._line = _line(total, world.columns) if world.rank == 0 and progress else None
 
     def step(self, loss: float, batch: Any = None, **more: float) -> Metrics | None:
         """A step is over: its `loss` and its `batch`; `more` numbers are reported as they are on the first rank.
@@ -98,6 +98,9 @@ class Watch:
         """
         samples, tokens = _sizes(batch)
         self._count += 1
+        if self._count == 1:
+            opened = [axis for axis in between(self._optimizer) if axis.size > 1]  # some at the first step
+            self._traffic.follow({"data": opened})
         if self._work is not None:
             self._each = self._work.stop() / samples if samples else None
             self._work = None
@@ -142,7 +145,7 @@ class Watch:
         self._finite.renew()
         if self._best is None and self._each is not None and steps:
             together.barrier()  # so that all are busy while each measures
-            self._best = peak(world.device, next(model.parameters(), torch.empty(0)).dtype)
+            self._best = peak(world.device, _dtype(model))
         speaks = world.replica.index == 0
         late, self._lags = [now - then for now, then in zip(lags(self._optimizer), self._lags)], lags(self._optimizer)
         own = [self._samples * speaks, self._tokens * speaks, (self._each or 0.0) * self._samples, self._best or 0.0]
@@ -166,6 +169,8 @@ class Watch:
             sent={axis: count / max(1, steps) for axis, count in zip(self._traffic.bytes, sent)} if steps else {},
             memory=int(memory),
             staleness=behind / counted if counted else None,
+            scale=model.scaling.scale if model.scaling is not None else None,
+            skipped=model.scaling.skipped if model.scaling is not None else None,
             more=more,
             warnings=(*self._not_finite(loss, wrong, ill > 0, together), *self._apart(together)),
         )
@@ -188,6 +193,8 @@ class Watch:
     def _not_finite(self, loss: float, wrong: list[str], anywhere: bool, together: Together) -> list[str]:
         """What is not finite, told once until it is well again; `anywhere` is the same on all ranks."""
         model, told = self._model, []
+        # To overflow is how fp16 finds its scale, and skips the step; not so once that has become less than none.
+        anywhere = anywhere and (model.scaling is None or model.scaling.scale < 1)
         if not math.isfinite(loss) and not self._ill:
             told.append(f"step {model.steps}: the loss is {loss}")
         if anywhere and not self._ill:
@@ -215,9 +222,19 @@ class Watch:
 
 def _sizes(batch: Any) -> tuple[int, int]:
     """The samples of a batch (inputs, targets), and the tokens, where the inputs hold ids [b, l] of some."""
+    if isinstance(batch, Elsewhere):
+        return batch.samples, 0
     inputs = tensors(batch[0] if isinstance(batch, tuple | list) and len(batch) else batch)
     samples = next((t.shape[0] for t in inputs if t.dim()), 0)
     return samples, next((t.numel() for t in inputs if t.dim() == 2 and t.dtype in (torch.int64, torch.int32)), 0)
+
+
+def _dtype(model: ParallelModel) -> torch.dtype:
+    """What the model's products are computed in."""
+    with model._executor.casting():
+        if torch.is_autocast_enabled(model.world.device.type):
+            return torch.get_autocast_dtype(model.world.device.type)
+    return next(model.parameters(), torch.empty(0)).dtype
 
 
 def _memory(device: torch.device) -> int:
@@ -232,7 +249,7 @@ def _writers(jsonl: str | Path | None, tensorboard: str | Path | None) -> list[A
     return made if tensorboard is None else [*made, TensorBoard(tensorboard)]
 
 
-def _line(total: int | None) -> Line:
+def _line(total: int | None, columns: int | None) -> Line:
     from hybridpar.watch.progress import Line
 
-    return Line(total)
+    return Line(total, columns=columns)

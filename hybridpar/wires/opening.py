@@ -27,11 +27,13 @@ def open_world(
     carrier: str = "mpi",
     synchronous: bool = False,
     sync: str | None = None,
+    columns: int | None = None,
 ) -> World:
     """Lay the ranks of `comm` out as `mesh` and connect them.
 
     `carrier` of the tensor and pipeline axes: "mpi", "gloo", "nccl". `synchronous` sends wait for their receiver.
-    `sync` is the policy of the data axis that optimizers will follow, if the command line has one.
+    `sync` is the policy of the data axis that optimizers will follow, if the command line has one. `columns` are those
+    of the terminal that shows what ranks print, if it is one.
     """
     from hybridpar.wires import hvd
 
@@ -62,7 +64,7 @@ def open_world(
     closing.append(lambda: _stop_horovod(comm))
     data = Alone("data", comm.rank) if mesh.data == 1 else hvd.HorovodAxis("data", peers.ranks, peers)
     axes |= {"everyone": everyone, "replica": replica, "data": data, "peers": peers}
-    return World(mesh, comm.rank, seed, device=device, sync=sync, _closing=closing, **axes)
+    return World(mesh, comm.rank, seed, device=device, sync=sync, columns=columns, _closing=closing, **axes)
 
 
 def _start_horovod(comm: MPI.Intracomm) -> None:

@@ -39,6 +39,7 @@ class World:
     tensor: Axis
     device: torch.device
     sync: str | None = None  # the policy of the data axis that the command line asks for
+    columns: int | None = None  # of the terminal that shows what ranks print, which is not theirs
     _serving: list[tuple[Callable[[], None], Callable[[], None]]] = field(default_factory=list, repr=False)
     _closing: list[Callable[[], None]] = field(default_factory=list, repr=False)
 

@@ -14,7 +14,7 @@ Ranks of one replica take their pieces at different times. What several of them 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,11 @@ class Asynchronous:
         self._server: Server | None = None
         self._taken: Tensor | None = None  # [count], the weights as they were taken last
         self._moved = False
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        """Those on which replicas send each other gradients or weights."""
+        return (self._axis,)
 
     @property
     def apart(self) -> str | None:

@@ -11,7 +11,7 @@ Zhang, Choromanska, LeCun 2015, Deep learning with Elastic Averaging SGD, https:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class Elastic:
         self._weights = Weights(model)
         self._centre: Tensor | None = None  # [count], alike on all replicas
         self._done, self._explored = 0, False
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        """Those on which replicas send each other gradients or weights."""
+        return (self._between,)
 
     @property
     def apart(self) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,6 +27,10 @@ class Policy(Protocol):
 
     company: Axis
     own_states: bool
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        """Those on which replicas send each other gradients or weights."""
 
     @property
     def apart(self) -> str | None:
@@ -55,6 +59,10 @@ class Together:
 
     def __init__(self, model: Parallel) -> None:
         self.company: Axis = model.world.data
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        return (self.company,)
 
     @property
     def apart(self) -> str | None:

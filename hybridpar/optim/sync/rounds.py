@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Rounds:
         self._left: Tensor | None = None  # [count], this replica's weights when what is on its way left
         self._under_way: Handle | None = None
         self._done = 0
+
+    @property
+    def axes(self) -> Sequence[Axis]:
+        """Those on which replicas send each other gradients or weights."""
+        return (self.company, self._between)
 
     @property
     def apart(self) -> str | None:

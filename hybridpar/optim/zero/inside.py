@@ -97,11 +97,11 @@ def alike(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Paramet
         for part, half in zip(parts, halves):
             part.grad = gradient[half].clone()
         for trial in trials:
-            _step(type(optimizer))(trial)  # a scheduler may have wrapped the step of the object
+            unhooked(type(optimizer))(trial)  # a scheduler may have wrapped the step of the object
     return bool(torch.allclose(whole.detach().view(-1), torch.cat([part.detach() for part in parts])))
 
 
-def _step(kind: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
+def unhooked(kind: type[torch.optim.Optimizer]) -> Callable[[torch.optim.Optimizer], Any]:
     """The step of `kind` without what torch puts around it, which tells whoever listens to all optimizers."""
     step = kind.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
