@@ -73,9 +73,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._zero is not None:
             inside.install(optimizer, self._zero.piece)
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
+        if isinstance(self._policy, Together) and isinstance(self._reducer, Reducer):
+            self._policy.reducer = self._reducer
         model.attach(self._reducer)
         if model.scaling is not None:
-            _check_scaled(self._policy)
+            _check_scaled(self._policy, compression)
             model.scaling.watch(self._gradients)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -232,12 +234,18 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer: call it as (optimizer, model)")
     if compression is not None and not isinstance(compression, Wire):
-        raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
+        ours = "Compression.none, .fp16, .bf16 or .power_sgd(4)"
+        raise ValueError(f"compression={compression!r}: choose hybridpar's own {ours}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")
 
 
-def _check_scaled(policy: Policy) -> None:
+def _check_scaled(policy: Policy, compression: Wire | None) -> None:
+    if compression is not None and compression.rank:
+        raise ValueError(
+            f'compression=power_sgd({compression.rank}) keeps what it has not sent, and precision="fp16" changes the '
+            'scale of that from step to step: use precision="bf16", or leave out the compression'
+        )
     if not isinstance(policy, Together):
         raise ValueError(
             'precision="fp16" skips a step on all ranks where one overflows, and this sync policy lets replicas step '
@@ -256,7 +264,7 @@ def _check_together(policy: Policy, zero: int) -> None:
 def _check_zero(optimizer: torch.optim.Optimizer, zero: int, compression: Wire | None) -> None:
     if zero not in (0, 1, 2):
         raise ValueError(f"zero={zero!r}: 0 cuts nothing over the data axis, 1 the optimizer's state, 2 gradients too")
-    if zero and compression is not None and compression.dtype is not None:
-        raise ValueError(f"compression={compression.dtype} and zero={zero} do not go together: leave out one of them")
+    if zero and compression is not None and compression != Compression.none:
+        raise ValueError(f"compression={compression} and zero={zero} do not go together: leave out one of them")
     if zero:
         inside.check_elementwise(optimizer, zero)
