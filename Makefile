@@ -6,6 +6,7 @@ NP ?= 4
 TENSOR ?= 1
 PIPELINE ?= 2
 ARGS ?=
+LINK ?= 10mbit
 
 SETUP := $(wildcard hybridpar/install/*.py) setup.py
 PIP := .venv/bin/python -m pip --disable-pip-version-check
@@ -19,7 +20,8 @@ help:
 	@echo 'make demo     train a small GPT on real text: NP=$(NP) ranks, PIPELINE=$(PIPELINE) TENSOR=$(TENSOR), data the rest'
 	@echo '              for example: make demo NP=8 PIPELINE=2 TENSOR=2'
 	@echo 'make test     run all tests (ARGS="-k mesh" to choose)'
-	@echo 'make bench    compare with DDP, DTensor and torch pipelining'
+	@echo 'make bench    compare with DDP, FSDP2, DTensor and torch pipelining, then sync policies over a slow link'
+	@echo '              (LINK=$(LINK) between two hosts of namespaces; LINK= leaves them out)'
 	@echo 'make setup    only the set-up: torch, hybridpar, MPI, Horovod into .venv'
 	@echo 'make clean    remove .venv and what was built; the cache in ~/.cache/hybridpar stays'
 	@echo
@@ -33,6 +35,7 @@ test: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python -m benchmarks.compare $(ARGS)
+	$(if $(LINK),.venv/bin/python -m benchmarks.policies --steps 32 --link $(LINK))
 
 setup: .venv/ready
 

@@ -14,6 +14,16 @@ def data(work: Work, seat: Seat) -> Side:
     return _side(work)
 
 
+def zero1(work: Work, seat: Seat) -> Side:
+    """Two replicas, the optimizer's state cut."""
+    return _side(work, zero=1)
+
+
+def zero2(work: Work, seat: Seat) -> Side:
+    """Two replicas, gradients cut too."""
+    return _side(work, zero=2)
+
+
 def tensor(work: Work, seat: Seat) -> Side:
     """Every layer cut in two."""
     return _side(work, tensor=seat.ranks)
@@ -29,10 +39,10 @@ def interleaved(work: Work, seat: Seat) -> Side:
     return _side(work, "interleaved", pipeline=seat.ranks)
 
 
-def _side(work: Work, schedule: str = "1f1b", **degrees: int) -> Side:
+def _side(work: Work, schedule: str = "1f1b", zero: int = 0, **degrees: int) -> Side:
     world = hp.init(**degrees)
     model = hp.parallelize(work.model(), world, loss=hp.CrossEntropy(), schedule=schedule)
-    adam = hp.DistributedOptimizer(optimizer(model.parameters()), model)
+    adam = hp.DistributedOptimizer(optimizer(model.parameters()), model, zero=zero)
     replicas = world.mesh.data
 
     def step(ids: Tensor, targets: Tensor) -> float:

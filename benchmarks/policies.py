@@ -1,9 +1,11 @@
-"""`python -m benchmarks.policies`: what sync policies learn from the same text, and what they send for it.
+"""`python -m benchmarks.policies`: what sync policies learn from the same text, and what they cost.
 
-    loss       of the text held back, after the same tokens for all; replicas have met before
-    megabytes  that a rank hands to the data axis
-    wire       seconds that these take at 100 Mbit/s: computed, not measured
-    seconds    of the training when each replica pauses now and then, by turns: measured
+    loss          of the text held back, after the same tokens for all; replicas have met before
+    megabytes     that a rank hands to the data axis
+    ms per step   of the slowest replica, measured after the training: the median of three times 24 steps and a meeting.
+                  With --link between two hosts with that link between them; else each replica pauses by turns
+    sent          megabytes that a host sends over the link in a step, read from its interface
+    seconds to    the loss that all reach: steps until then, times the seconds of a step
 
 The model is the GPT of examples/gpt.py, small; the text is Python's standard library. Each policy trains it from the
 same weights on the same batches, with the same AdamW. The plot shows the loss on the way, each replica with its own
@@ -17,7 +19,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -29,48 +33,72 @@ from hybridpar.install import mpi
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 POLICIES = (
-    "allreduce", "local_sgd(8)", "diloco(8)", "diloco(8, delay=4)", "diloco(8, inside=2)", "easgd(4)", "async_ps(2)",
+    "allreduce", "allreduce + bf16", "allreduce + power_sgd(4)", "local_sgd(8)", "diloco(8)", "diloco(8, delay=4)",
+    "diloco(8, inside=2)", "easgd(4)", "async_ps(8)",
 )  # fmt: skip
-WIRE = 100e6 / 8  # bytes per second
 MEGABYTES = 2.0  # of text
 SECONDS = 1200
+WINDOWS, WINDOW_STEPS, PAUSE_SECONDS = 3, 24, 0.05
 
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--steps", default=192, show_default=True, help="Of training; a multiple of 8.")
 @click.option("--replicas", default=4, show_default=True)
+@click.option("--link", default="", help="What two hosts of namespaces send each other at most, as in 50mbit.")
+@click.option("--delay", default="5ms", show_default=True, help="Of that link, each way.")
+@click.option("--width", default=48, show_default=True, help="Of the model.")
+@click.option("--only", default="", help="Some of the policies, with ; between them.")
 @click.option("--folder", default=Path("runs/policies"), type=click.Path(path_type=Path), help="Of the tokens.")
 @click.option("--json", "to_json", type=click.Path(path_type=Path), help="Write the figures there.")
 @click.option("--svg", type=click.Path(path_type=Path), help="Write the plot there.")
 @click.option("--rank", default="", hidden=True)
-def main(steps: int, replicas: int, folder: Path, to_json: Path | None, svg: Path | None, rank: str) -> None:
+def main(
+    steps: int, replicas: int, link: str, delay: str, width: int, only: str, folder: Path, to_json: Path | None,
+    svg: Path | None, rank: str,
+) -> None:  # fmt: skip
     if rank:
-        told = trained(rank, steps, folder)
+        told = trained(rank, steps, folder, width, bool(link))
         if told is not None:
             print(json.dumps(told))
         return
-    found = {name: _launch(name, steps, replicas, folder) for name in POLICIES}
+    names = [name.strip() for name in only.split(";")] if only else list(POLICIES)
+    given = ["--steps", str(steps), "--width", str(width), "--folder", str(folder.absolute())]
+    if link:
+        from benchmarks.link import no_link, slow_link
+
+        if no_link():
+            print(f"No policies under a slow link: {no_link()}.")
+            return
+        with slow_link(link, delay, replicas, Path(__file__), folder) as run:
+            found = {name: _told(name, run(["--rank", name, "--link", link, *given])) for name in names}
+    else:
+        found = {name: _launch(name, replicas, given) for name in names}
     Console(width=None if sys.stdout.isatty() else 120).print(table(found))
     if to_json:
-        told = {"machine": describe(), "steps": steps, "replicas": replicas, "policies": found}
-        to_json.write_text(json.dumps(told, indent=2) + "\n")
+        told = {"machine": describe(), "steps": steps, "replicas": replicas, "link": link, "delay": delay}
+        to_json.write_text(json.dumps({**told, "load": os.getloadavg(), "policies": found}, indent=2) + "\n")
     if svg:
         plot(found, svg)
 
 
-def _launch(policy: str, steps: int, replicas: int, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.policies", "--rank", policy, "--steps", str(steps)]
+def _launch(policy: str, replicas: int, given: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.policies", "--rank", policy]
     ready = {**mpi.settings(os.environ, *environment()), "OMP_NUM_THREADS": "1"}
-    line = mpi.mpirun(replicas, [*command, "--folder", str(folder)])
+    line = mpi.mpirun(replicas, [*command, *given])
     done = subprocess.run(line, env=ready, capture_output=True, text=True, timeout=SECONDS, check=False)
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return _told(policy, done.stdout, done.stderr)
+
+
+def _told(policy: str, out: str, said: str = "") -> dict[str, Any]:
+    told = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if not told:
-        raise RuntimeError(f"{policy}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{policy}: {out[-1000:]}{said[-2000:]}")
+    print(f"{policy}: {told[0]['ms']:.0f} ms per step", file=sys.stderr)
     return told[0]
 
 
-def trained(policy: str, steps: int, folder: Path) -> dict[str, Any] | None:
-    """The figures of one policy, on the first rank."""
+def trained(name: str, steps: int, folder: Path, width: int = 48, link: bool = False) -> dict[str, Any] | None:
+    """The figures of one policy, or "policy + compression", on the first rank."""
     sys.path.insert(0, str(EXAMPLES))
     import torch
     from text import Windows, standard_library
@@ -84,10 +112,12 @@ def trained(policy: str, steps: int, folder: Path) -> dict[str, Any] | None:
         standard_library(512, MEGABYTES, folder)  # one rank prepares the text for all
     mesh.everyone.barrier()
     text = standard_library(512, MEGABYTES, folder)
-    model = hp.parallelize(
-        GPT(vocabulary=512, width=48, depth=2, heads=2, context=32), mesh, hp.CrossEntropy()
-    )
-    optimizer = hp.DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, sync=policy, clip=1.0)
+    torch.manual_seed(0)
+    shape = dict(vocabulary=512, width=width, depth=2, heads=2, context=32)
+    model = hp.parallelize(GPT(**shape), mesh, hp.CrossEntropy())
+    policy, _, wire = name.partition(" + ")
+    asked = dict(sync=policy, compression=_compression(hp, wire), clip=1.0)
+    optimizer = hp.DistributedOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-3), model, **asked)
     later = Windows(text.validation, 32)
     held_back = [_batch(later, range(i, i + 64), mesh) for i in range(0, min(256, len(later) - 63), 64)]
     windows, curve, handed = Windows(text.train, 32), [], Handed(mesh, optimizer)
@@ -102,29 +132,45 @@ def trained(policy: str, steps: int, folder: Path) -> dict[str, Any] | None:
 
     for number in range(steps):
         step(number)
-        if (number + 1) % 16 == 0:
+        if (number + 1) % 8 == 0:
             curve.append((number + 1, sum(model.eval_step(one) for one in held_back) / len(held_back)))
     optimizer.meet()
     loss = sum(model.eval_step(one) for one in held_back) / len(held_back)
     megabytes = handed.bytes / 1e6 * steps / (steps - 1)  # the first step was not watched
-    seconds = _with_pauses(mesh, step, steps)
-    optimizer.meet()
-    told = {"loss": loss, "megabytes": megabytes, "seconds": seconds, "curve": curve}
+    ms, sent = _timed(mesh, optimizer.meet, step, steps, 0.0 if link else PAUSE_SECONDS)
+    told = {"loss": loss, "megabytes": megabytes, "ms": ms, "sent": sent, "curve": curve}
     return told if mesh.rank == 0 else None
 
 
-def _with_pauses(mesh: Any, step: Any, first: int) -> float:
-    """Seconds of 32 steps, of the slowest replica; in each step one of them, by turns, pauses for 50 ms."""
+def _compression(hp: Any, wire: str) -> Any:
+    """What "bf16" names in `hp.Compression`, and "power_sgd(4)" makes there."""
+    name, _, rank = wire.rstrip(")").partition("(")
+    found = getattr(hp.Compression, name or "none")
+    return found(int(rank)) if rank else found
+
+
+def _timed(
+    mesh: Any, meet: Callable[[], None], step: Callable[[int], None], first: int, pause: float
+) -> tuple[float, float]:
+    """Milliseconds of a step of the slowest replica, and megabytes that its host sends meanwhile.
+
+    In each step one replica, by turns, pauses."""
     import torch
 
-    mesh.everyone.barrier()
-    began = time.perf_counter()
-    for number in range(32):
-        if number % mesh.data.size == mesh.data.index:
-            time.sleep(0.05)
-        step(first + number)
-    took = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-    return mesh.everyone.allreduce(took, "max").item()
+    from benchmarks.link import bytes_sent
+
+    took, sent = [], bytes_sent()
+    for window in range(WINDOWS):
+        mesh.everyone.barrier()
+        began = time.perf_counter()
+        for number in range(window * WINDOW_STEPS, (window + 1) * WINDOW_STEPS):
+            if number % mesh.data.size == mesh.data.index:
+                time.sleep(pause)
+            step(first + number)
+        meet()
+        mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+        took.append(mesh.everyone.allreduce(mine, "max").item() / WINDOW_STEPS)
+    return median(took) * 1e3, (bytes_sent() - sent) / 1e6 / (WINDOWS * WINDOW_STEPS)
 
 
 def _batch(windows: Any, order: Any, mesh: Any) -> Any:
@@ -161,27 +207,32 @@ class Handed:
 
 def table(found: dict[str, dict[str, Any]]) -> Table:
     """A row for each policy."""
+    level = max(min(loss for _, loss in one["curve"]) for one in found.values())
     shown = Table(title="The same tokens under each sync policy")
-    for name in ("sync", "loss", "megabytes", "wire", "seconds"):
+    for name in ("sync", "loss", "megabytes", "ms per step", "sent", f"seconds to {level:.2f}"):
         shown.add_column(name, justify="left" if name == "sync" else "right")
     for name, one in found.items():
-        wire = one["megabytes"] * 1e6 / WIRE
-        shown.add_row(name, f"{one['loss']:.3f}", f"{one['megabytes']:.2f}", f"{wire:.2f}", f"{one['seconds']:.2f}")
+        steps = next(steps for steps, loss in one["curve"] if loss <= level)
+        numbers = (one["loss"], one["megabytes"], one["ms"], one["sent"], steps * one["ms"] / 1e3)
+        shown.add_row(name, *(f"{x:.{places}f}" for x, places in zip(numbers, (3, 2, 0, 2, 1))))
     return shown
 
 
 def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss over steps."""
+    """Loss over steps, and over the seconds that they take."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
     for name, one in found.items():
-        axes.plot(*zip(*one["curve"]), label=name)
-    axes.set(xlabel="steps", ylabel="loss of the text held back")
-    axes.legend()
+        steps, losses = zip(*one["curve"])
+        left.plot(steps, losses, label=name)
+        right.plot([count * one["ms"] / 1e3 for count in steps], losses, label=name)
+    left.set(xlabel="steps", ylabel="loss of the text held back")
+    right.set(xlabel="seconds")
+    left.legend()
     figure.savefig(path, bbox_inches="tight")
 
 

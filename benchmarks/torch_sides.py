@@ -1,4 +1,4 @@
-"""The candidates that use torch alone: no communication, DDP, DTensor, pipeline schedules.
+"""The candidates that use torch alone: no communication, DDP, FSDP2, DTensor, pipelines.
 
 torch.distributed runs on gloo. Model, batches, microbatches and optimizer are those of `work`.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import Replicate, Shard, parallel
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +46,19 @@ def ddp_kept(work: Work, seat: Seat) -> Side:
     """DDP, tuned, with the allocator as `hp.init` sets it: what torch's users could have by the same means."""
     keep_freed_memory()
     return ddp_tuned(work, seat)
+
+
+def fsdp2(work: Work, seat: Seat, keep: bool = False) -> Side:
+    """FSDP2: each block and the rest cut over the ranks; gathered for each pass, `keep` from forward to backward."""
+    _meet(seat)
+    model, mesh = work.model(), init_device_mesh("cpu", (seat.ranks,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=not keep)
+    return Side(seat.rank, accumulating(work, model, seat.rank, seat.ranks), dist.barrier)
+
+
+def fsdp2_kept(work: Work, seat: Seat) -> Side:
+    return fsdp2(work, seat, keep=True)
 
 
 def dtensor(work: Work, seat: Seat, sequence: bool = False) -> Side:

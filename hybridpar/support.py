@@ -19,7 +19,7 @@ from hybridpar.optim.sync.wish import NAMES
 ZERO = {0: "nothing over the data axis", 1: "the optimizer's state", 2: "gradients too", 3: "weights too"}
 PRECISIONS = (None, "bf16", "fp16")
 RECOMPUTE = ("none", "selective", "full")
-COMPRESSION = (None, "bf16", "fp16")
+COMPRESSION = (None, "bf16", "fp16", "power_sgd")
 DEGREES = (1, 2)  # 2 stands for all above 1
 
 
@@ -68,8 +68,8 @@ RULES = (
     ),
     Rule(
         lambda c: c.zero > 0 and c.compression is not None,
-        "zero={zero} adds gradients in the type that they have, and compression=hp.Compression.{compression} would "
-        "send another: leave out one of them",
+        "zero={zero} adds gradients as they are, and compression=hp.Compression.{compression} would send others: leave "
+        "out one of them",
     ),
     Rule(
         lambda c: c.precision == "fp16" and c.sync != "allreduce",
@@ -80,6 +80,16 @@ RULES = (
         lambda c: c.sync == "async_ps" and c.compression is not None,
         "async_ps sends weights in the type that they have, and compression=hp.Compression.{compression} would send "
         'another: leave out the compression, or use sync="local_sgd(1)"',
+    ),
+    Rule(
+        lambda c: c.sync != "allreduce" and c.compression == "power_sgd",
+        "{sync} sends weights, and compression=hp.Compression.power_sgd is for gradients that are averaged in every "
+        "step: use hp.Compression.bf16",
+    ),
+    Rule(
+        lambda c: c.precision == "fp16" and c.compression == "power_sgd",
+        "compression=hp.Compression.power_sgd keeps what it has not sent, and the scale of that changes under "
+        'precision="fp16": use precision="bf16", or leave out the compression',
     ),
 )
 

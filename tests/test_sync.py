@@ -347,7 +347,7 @@ def test_the_benchmark_of_policies_measures_one(tmp_path: Path) -> None:
     job = run_command(tmp_path, [*command, "--folder", str(tmp_path), "--json"], ranks=2)
     assert job.code == 0, job.said
     told = json.loads(job.out)
-    assert set(told) == {"loss", "megabytes", "seconds", "curve"} and told["megabytes"] > 0
+    assert set(told) == {"loss", "megabytes", "ms", "sent", "curve"} and told["megabytes"] > 0
     shown = io.StringIO()
     Console(file=shown, width=80).print(table({"local_sgd(8)": told}))
     assert "local_sgd(8)" in shown.getvalue()

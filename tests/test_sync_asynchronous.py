@@ -93,7 +93,7 @@ def test_a_slow_replica_holds_the_other_back_by_the_bound_only(tmp_path: Path) -
         assert reached.read_text() == "3"
     for step in range(4):
         if mesh.rank == 0 and step == 3:
-            assert optimizer.policy.lags[3] == 1  # three steps ahead, without a step of the other
+            assert max(optimizer.policy.lags) == 3  # three steps ahead, without a step of the other
             (tmp_path / "writing").write_text("3")
             (tmp_path / "writing").rename(reached)
         go_on(model, optimizer, 1)

@@ -11,13 +11,13 @@ passes overlap with the reduction of full buckets is from Li et al. 2020 (PyTorc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from hybridpar.optim.compression import Wire
+from hybridpar.optim.compression import Sender, Wire
 from hybridpar.wires.axis import Axis, Handle
 
 _ALIGNMENT = 16  # elements: each gradient begins at a multiple of it, as vector instructions like it
@@ -57,6 +57,10 @@ class Bucket:
         self._flat = torch.zeros(length + len(parameters), dtype=first.dtype, device=first.device)
         self._flags = self._flat[length:]
         self._views = [_view(self._flat, start, p) for start, (_, p) in zip(starts, parameters)]
+        # As matrices lie in memory: channels_last ones have another order of dims, and the same number of numbers.
+        self._members = [(name, start, tuple(p.shape)) for start, (name, p) in zip(starts, parameters)]
+        self._wire: Wire | None = None
+        self._sender: Sender | None = None
         self._ready: set[int] = set()
         self._handle: Handle | None = None
 
@@ -88,7 +92,29 @@ class Bucket:
         self._flags.copy_(torch.tensor([place in self._ready for place in range(len(self._views))]))
         # Complex numbers travel as pairs of real ones.
         flat = torch.view_as_real(self._flat).view(-1) if self._flat.is_complex() else self._flat
-        self._handle = wire.start(axis, flat, self._name)
+        self._handle = self._by(wire).start(axis, flat, self._name)
+
+    def missed(self, axis: Axis, wire: Wire) -> dict[Parameter, Tensor]:
+        """What has not been sent yet of each gradient, the mean over the replicas; all call it together."""
+        found = {}
+        for place, error in self._by(wire).errors.items():
+            name, p = self._parameters[place]
+            mean = axis.start_allreduce(error.reshape(-1).clone(), "average", f"{self._name}.{place}.missed").wait()
+            found[p] = _view(mean, 0, p)
+        return found
+
+    def owe(self, missed: Mapping[Parameter, Tensor], wire: Wire) -> None:
+        """Send `missed` with the next gradients; where it has nothing, nothing is owed."""
+        for place, error in self._by(wire).errors.items():
+            _, p = self._parameters[place]
+            owed = _view(error.zero_().view(-1), 0, p)
+            if p in missed:
+                owed.copy_(missed[p])
+
+    def _by(self, wire: Wire) -> Sender:
+        if self._sender is None or self._wire is not wire:
+            self._wire, self._sender = wire, wire.of(self._members, self._flat)
+        return self._sender
 
     def progress(self) -> None:
         """Let the carrier go on with what is under way."""

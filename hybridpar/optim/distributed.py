@@ -24,7 +24,7 @@ from hybridpar.optim.matrix import check_cut
 from hybridpar.optim.model import Parallel
 from hybridpar.optim.reduce import Reducer
 from hybridpar.optim.rounding import Rounding
-from hybridpar.optim.sync.policy import Policy, policy
+from hybridpar.optim.sync.policy import Policy, Together, policy
 from hybridpar.optim.sync.wish import called, parse
 from hybridpar.optim.zero import inside
 from hybridpar.optim.zero.piece import forget
@@ -83,6 +83,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._zero is not None:
             inside.install(optimizer, self._zero.piece)
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
+        if isinstance(self._policy, Together) and isinstance(self._reducer, Reducer):
+            self._policy.reducer = self._reducer
         model.attach(self._reducer)
         if rounding not in (None, "stochastic"):
             raise ValueError(f'rounding={rounding!r}: choose "stochastic", or None for torch\'s own, to the nearest')
@@ -244,6 +246,7 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer: call it as (optimizer, model)")
     if compression is not None and not isinstance(compression, Wire):
-        raise ValueError(f"compression={compression!r}: choose hybridpar's own Compression.none, .fp16 or .bf16")
+        ours = "Compression.none, .fp16, .bf16 or .power_sgd(4)"
+        raise ValueError(f"compression={compression!r}: choose hybridpar's own {ours}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")

@@ -14,9 +14,10 @@ from __future__ import annotations
 import enum
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -86,6 +87,15 @@ class Reducer:
         for chunk in self._chunks:
             chunk.wait()
 
+    def missed(self) -> dict[Parameter, Tensor]:
+        """What the compression has not sent yet of each gradient, the mean over the replicas; all call it together."""
+        return {p: x for chunk in self._chunks for p, x in chunk.missed().items()}
+
+    def owe(self, missed: Mapping[Parameter, Tensor]) -> None:
+        """Send `missed` with the next gradients."""
+        for chunk in self._chunks:
+            chunk.owe(missed)
+
 
 class _Chunk:
     """The parameters of one chunk, their buckets, and the hooks that fill them."""
@@ -129,6 +139,13 @@ class _Chunk:
             self.phase, self._launched = Phase.IDLE, 0
             for bucket in self._buckets:
                 bucket.finish()
+
+    def missed(self) -> dict[Parameter, Tensor]:
+        return {p: x for bucket in self._buckets for p, x in bucket.missed(self._axis, self._wire).items()}
+
+    def owe(self, missed: Mapping[Parameter, Tensor]) -> None:
+        for bucket in self._buckets:
+            bucket.owe(missed, self._wire)
 
     def _launch(self) -> None:
         self._buckets[self._launched].launch(self._axis, self._wire)

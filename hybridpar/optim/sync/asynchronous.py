@@ -1,8 +1,8 @@
 """Workers and servers: each replica goes on with what has come so far, at most `staleness` steps ahead of the slowest.
 
     replica 0   step | step | step | step ...        after each step of the user's optimizer:
-    replica 1   step ------------ | step -- ...          send 1/D of what it moved to the server of each piece
-    servers     piece 0 on replica 0, piece 1 on 1       take all pieces as they are then
+    replica 1   step ------------ | step -- ...          1/D of what it moved is for the server of each piece
+    servers     piece 0 on replica 0, piece 1 on 1       take all pieces as far as they have come
 
 Every rank is a worker and serves one piece of its weights (server.py). With D replicas each adds a D-th of its step, so
 that with staleness 0 and plain SGD the sum is the step of the averaged gradient. Ho et al. 2013 add whole updates and
@@ -84,9 +84,7 @@ class Asynchronous:
         """Wait until all replicas have sent what they moved, and take the sum of it; all call it together."""
         if self._server is None:
             return
-        self._server.rest()
-        self._server.all_rest()
-        self._world.peers.barrier()  # everyone has its answers: all that was sent has been added
+        self._stand_still()
         self._take(self._world.peers.allgather(self._server.look()))
         self._begin_anew()
 
@@ -97,13 +95,20 @@ class Asynchronous:
     def restore(self, kept: Mapping[Parameter, Mapping[str, Any]]) -> None:
         """Go on from the weights as they are now."""
         if self._server is not None:
+            self._stand_still()
             self._taken = self._weights.read().cpu()
-            self._world.peers.barrier()  # no worker is under way
             self._begin_anew()
+
+    def _stand_still(self) -> None:
+        """Return when all that workers sent has been added, and nothing is under way."""
+        assert self._server is not None
+        self._server.rest()
+        self._server.all_rest()
+        self._world.peers.barrier()
 
     def _begin_anew(self) -> None:
         assert self._server is not None and self._taken is not None
-        self._server.reset(self._pieces(self._taken)[self._axis.index])
+        self._server.reset(self._pieces(self._taken))
         self._moved = False
         self._world.peers.barrier()  # nobody sends to a server that has not begun anew
 

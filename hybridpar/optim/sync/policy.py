@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from hybridpar.optim.compression import Wire
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.reduce import Reducer
 from hybridpar.optim.sync.asynchronous import Asynchronous
 from hybridpar.optim.sync.elastic import Elastic
 from hybridpar.optim.sync.rounds import Rounds
@@ -53,12 +54,13 @@ class Policy(Protocol):
 
 
 class Together:
-    """Gradients averaged over all replicas in every step: nothing is left to do."""
+    """Gradients averaged over all replicas in every step, by `reducer`: nothing is left to do."""
 
     own_states = False
 
     def __init__(self, model: Parallel) -> None:
         self.company: Axis = model.world.data
+        self.reducer: Reducer | None = None
 
     @property
     def axes(self) -> Sequence[Axis]:
@@ -78,10 +80,12 @@ class Together:
         return None
 
     def state(self) -> Mapping[Parameter, Mapping[str, Tensor]]:
-        return {}
+        """What a compression has kept back of the gradients: their mean over the replicas is as good for each."""
+        return {p: {"missed": x} for p, x in self.reducer.missed().items()} if self.reducer else {}
 
     def restore(self, kept: Mapping[Parameter, Mapping[str, Any]]) -> None:
-        return None
+        if self.reducer:
+            self.reducer.owe({p: one["missed"] for p, one in kept.items() if "missed" in one})
 
 
 def policy(wish: Wish, model: Parallel, wire: Wire) -> Policy:
