@@ -102,6 +102,8 @@ def parallelize(
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
     draw = Draw(mesh.seed)
     pieces = _pieces(module, len(homes), chain, example, draw)
+    if isinstance(pieces, Skeleton):
+        pieces.check(mesh.replica.objects(pieces.order))
     bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
     plan = _plan(module, plan, mesh.tensor.size, sequence)
     applied = apply(module, plan, mesh.tensor, draw, sequence)
@@ -170,9 +172,7 @@ def _plan(module: nn.Module, plan: Mapping[str, str] | None, tensor: int, sequen
     return derive(module, tensor)
 
 
-def _pieces(
-    module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any, draw: Draw
-) -> Chain | Skeleton:
+def _pieces(module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any, draw: Draw) -> Chain | Skeleton:
     """How the module can be cut: by its chain, if it or the user names one, else by watching its forward."""
     if stages == 1 or chain is not None or isinstance(module, nn.Sequential) or hasattr(module, "chain"):
         return Chain(module, stages, chain, lambda units: unstacked(units, draw))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from hybridpar.microbatch import call
@@ -294,3 +295,94 @@ def test_any_structure_travels_as_tensors_and_the_rest() -> None:
     assert again["a"][1][1] is x and again["n"] == 3 and len(tensors(again)) == 3
     with pytest.raises(ValueError, match="a function is handed from one pipeline stage to the next"):
         pack(lambda: None)
+
+
+class Pairs(nn.Module):
+    """Layers that are lists, or dicts, of two modules: nobody calls what holds them."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        pairs = [[nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())] for _ in range(3)]
+        held = [nn.ModuleDict({"attention": a, "feed": b}) if named else nn.ModuleList([a, b]) for a, b in pairs]
+        self.layers = nn.ModuleList(held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            attention, feed = layer.values() if isinstance(layer, nn.ModuleDict) else layer
+            x = attention(x) + x
+            x = feed(x) + x
+        return x
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_lists_of_lists_are_cut_between_what_is_called(named: bool, stages: int) -> None:
+    module, x = Pairs(named), torch.randn(2, WIDTH)
+    output, cut = through(module, x, stages)
+    torch.testing.assert_close(output, module(x), rtol=0, atol=0)
+    held = [{id(p) for p in stage.parameters()} for stage in cut]
+    assert sum(map(len, held)) == len(list(module.parameters())) == len(set().union(*held))
+
+
+def test_blocks_that_nobody_calls_are_refused() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block[0](x)
+            return x
+
+    with pytest.raises(ValueError, match=r"calls none of its blocks \(blocks.0, .* as a module"):
+        Skeleton(Parts(), 2, torch.randn(2, WIDTH))
+
+
+def test_packed_sequences_travel_and_are_stood_in_for() -> None:
+    class Heard(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = [WIDTH, 10, 10]
+            self.layers = nn.ModuleList(nn.LSTM(n, 5, batch_first=True, bidirectional=True) for n in sizes)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            for layer in self.layers:
+                packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+                x, _ = pad_packed_sequence(layer(packed)[0], batch_first=True, total_length=x.shape[1])
+            return x
+
+    module, batch = Heard(), (torch.randn(3, 6, WIDTH), torch.tensor([4, 6, 1]))
+    torch.testing.assert_close(through(module, batch, 3)[0], module(*batch), rtol=0, atol=0)
+
+
+def test_a_unit_may_be_called_on_a_parameter() -> None:
+    class Queries(Loop):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + self.norm(self.embed.weight).sum()
+
+    module, ids = Queries(), torch.randint(20, (2, 3))
+    torch.testing.assert_close(through(module, ids, 2)[0], module(ids), rtol=0, atol=0)
+
+
+def test_ranks_that_saw_the_forward_go_different_ways_are_told() -> None:
+    class Named(Loop):
+        kinds = ("near", "far")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Identity()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            turns = {kind: self.turn(torch.ones(WIDTH) * len(kind)) for kind in self.kinds}  # as over a set
+            x = self.embed(ids)
+            for block, kind in zip(self.blocks, ("near", "far", "far", "near")):
+                x = block(x * turns[kind])
+            return x
+
+    here, there, ids = Named(), Named(), torch.zeros(1, 2, dtype=torch.long)
+    there.kinds = ("far", "near")
+    one, other = Skeleton(here, 2, ids), Skeleton(there, 2, ids)
+    one.check([one.order, one.order])
+    with pytest.raises(ValueError, match=r"rank 1 of a replica's 2 .* from its call 3 on \(blocks.0\).*PYTHONHASHSEED"):
+        one.check([one.order, other.order])

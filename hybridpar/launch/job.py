@@ -142,6 +142,7 @@ def _environment(
     if wishes.threads:
         ready["OMP_NUM_THREADS"] = str(threads)
     ready.setdefault("OMP_NUM_THREADS", str(threads))
+    ready.setdefault("PYTHONHASHSEED", "0")  # a forward that goes through a set of names goes the same way on all ranks
     chosen = lines.network(wishes.network_interface) if wishes.network_interface else {}
     return {**(lines.keepalive() if several else {}), **ready, **chosen}
 

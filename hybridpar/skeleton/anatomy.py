@@ -8,8 +8,9 @@
         norm, rotary_emb       units
       lm_head                  unit
 
-A block is an item of an nn.ModuleList or nn.Sequential; a bone contains blocks; a unit is what hangs on a bone and
-contains none. Units are handed over whole: stages begin and end between their calls.
+A block is an item of an nn.ModuleList or nn.Sequential (of lists in lists, what is called: nobody calls a list); a bone
+contains blocks; a unit is what hangs on a bone and contains none. Units are handed over whole: stages begin and end
+between their calls.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def dissect(module: nn.Module, blocks: int = 2, least: int = 2) -> Anatomy:
             'blocks; say in which order its parts call one another with chain=("embed", "blocks.*", "head"), '
             "or set pipeline=1"
         )
-    blocks_found = frozenset(item for item in items if item not in opened)
+    blocks_found = frozenset(one for item in items if item not in opened for one in _called(module, item))
     bones = {""}
     for name in [*lists, *opened]:
         while name:
@@ -91,6 +92,14 @@ def _lists(module: nn.Module, opened: set[str], least: int, name: str = "") -> d
         if child is not None:
             found |= _lists(child, opened, least, f"{name}.{leaf}".lstrip("."))
     return found
+
+
+def _called(module: nn.Module, name: str) -> list[str]:
+    """`name`; or what it holds, where it is a container that nobody calls: `for attention, feed in self.layers: ..`."""
+    found = module.get_submodule(name)
+    if not isinstance(found, nn.ModuleList | nn.ModuleDict):
+        return [name]
+    return [one for leaf in found._modules for one in _called(module, f"{name}.{leaf}")]
 
 
 def _is_list(module: nn.Module, least: int) -> bool:

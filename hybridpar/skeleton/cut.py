@@ -15,10 +15,12 @@ from typing import Any
 from torch import nn
 
 from hybridpar.skeleton.anatomy import dissect
-from hybridpar.skeleton.observe import observe
+from hybridpar.skeleton.observe import Result, observe
 from hybridpar.skeleton.parts import homes, live, parts
 from hybridpar.skeleton.reads import check_asked
 from hybridpar.skeleton.stage import SkeletonStage
+
+Order = list[tuple[Result, list[Result], list[str]]]  # each call, the results that it uses, and the weights
 
 
 class Skeleton:
@@ -51,9 +53,30 @@ class Skeleton:
         check_asked(module, example)
         observation = observe(module, self._anatomy, example)
         self._shadow = observation.shadow
-        self._parts = parts(observation.calls, self._anatomy.blocks)
+        blocks = self._anatomy.blocks
+        if blocks.isdisjoint(call.result[0] for call in observation.calls):
+            raise ValueError(
+                f"the forward of {type(module).__name__} calls none of its blocks ({', '.join(sorted(blocks)[:3])}, ..)"
+                " as a module, so there is nothing to cut it by: write block(x) where it calls a method of a block or "
+                "takes its layers one by one, or use pipeline=1"
+            )
+        self._parts = parts(observation.calls, blocks)
+        self.order: Order = [(call.result, sorted(call.uses), sorted(call.weights)) for call in observation.calls]
         self.labels = [part.label for part in self._parts]
         self.costs = [sum(call.work for call in part.calls) or 1.0 for part in self._parts]
+
+    def check(self, orders: Sequence[Order]) -> None:
+        """Raise where a rank of the replica, of which each has one of `orders`, saw the forward go another way: a stage
+        knows the results of earlier stages by their turn alone."""
+        for index, order in enumerate(orders):
+            for turn, (mine, other) in enumerate(zip(self.order, order)):
+                if mine != other:
+                    raise ValueError(
+                        f"rank {index} of a replica's {len(orders)} saw the forward go another way than other ranks, "
+                        f"from its call {turn} on ({mine[0][0] or 'the output'}): give all the same example= inputs; "
+                        "where the forward loops over a set of names, whose order differs between processes, start "
+                        "with `hybridpar run` or set PYTHONHASHSEED=0 on all ranks"
+                    )
 
     def stages(self, module: nn.Module, bounds: Sequence[int]) -> list[SkeletonStage]:
         """The stages of `module`, as observed or with sharded layers in it, that begin at `bounds` (and the end)."""

@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,6 +95,15 @@ def _watch(module: nn.Module, anatomy: Anatomy, example: Any) -> tuple[Call, ...
     return (*watch.calls, Call(("", 0), *watch.origin(tensors(output))))
 
 
+class _Nobody(nullcontext[None]):
+    """In the place of a counter's ModuleTracker: all work is that of the whole."""
+
+    parents = ("Global",)
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 class _HandedOn(ValueError):
     """A unit gives something besides its result."""
 
@@ -110,6 +120,7 @@ class _Watch(TorchFunctionMode):
         self._made: dict[int, Result] = {}  # what is made inside of a unit, until it is its result
         self._inside, self._counts = 0, Counter[str]()
         self.work, self._before = FlopCounterMode(display=False), 0
+        self.work.mod_tracker = _Nobody()  # torch's refuses modules that are called on a parameter
         self._hooks = []
         for name in anatomy.units:
             unit = module.get_submodule(name)

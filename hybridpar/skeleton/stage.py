@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from hybridpar.microbatch import call, mapped
 from hybridpar.skeleton.anatomy import Anatomy
@@ -242,14 +243,17 @@ class _Poison:
         device = next((t.device for t in tensors((args, kwargs)) if not t.is_meta), torch.device("cpu"))
         try:
             with torch.no_grad():
-                output = shadow(*_meta(args), **_meta(kwargs))
+                output = shadow(*map(_meta, args), **{name: _meta(value) for name, value in kwargs.items()})
         except Exception:  # it looks at values: what comes in tells the shape of what goes out, as for most blocks
             return _nan(next(iter(tensors((args, kwargs)))))
         structure, shapes = pack(output)
-        return unpack(structure, [_nan(t, device) for t in shapes])
+        return unpack(structure, [_nan(t, device) if t.is_meta else t for t in shapes])
 
 
 def _meta(value: Any) -> Any:
+    """`value` without its numbers; a PackedSequence keeps those that tell how long its sequences are."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.to("meta"))
     return mapped(value, lambda t: t.to("meta"))
 
 
