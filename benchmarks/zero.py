@@ -8,6 +8,7 @@
         0      W         W of microbatches + W to be averaged        2 W         0
         1      W         W of microbatches, and the averages after   2 W / D     6
         2      W         W / D                                       2 W / D     6
+        3      W / D     W / D                                       2 W / D     6, and 3 of weights: in use, come, coming
 
 Four microbatches; W are the bytes of this rank's weights.
 """
@@ -28,7 +29,7 @@ from benchmarks.machine import environment
 from hybridpar.install import mpi
 
 MESHES = {"data 2": (2, 1, 1), "data 4": (4, 1, 1), "data 2 x tensor 2": (2, 1, 2), "data 2 x pipeline 2": (2, 2, 1)}
-BUCKETS = 6 * (4 << 20)
+BUCKETS, GATHERED = 6 * (4 << 20), 3 * (4 << 20)
 SECONDS = 300
 # What is freed is given back, or peaks would be of the allocator; Horovod's own buffer, 128 MiB at most, is left out.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HOROVOD_FUSION_THRESHOLD": "0"}
@@ -43,7 +44,7 @@ def main(only: str, rank: str) -> None:
         return
     table = Table("mesh", "zero", "weights", "predicted", "measured", title="MB of the largest rank")
     for name, degrees in MESHES.items():
-        for zero in (0, 1, 2):
+        for zero in (0, 1, 2, 3):
             if only in ("", name):
                 told = _launch(degrees, zero)
                 table.add_row(name, str(zero), *(f"{told[key]:.0f}" for key in ("weights", "predicted", "measured")))
@@ -59,6 +60,8 @@ def predicted(weights: float, zero: int, data: int) -> float:
     """
     if zero == 0:
         return 5 * weights
+    if zero == 3:
+        return weights * 4 / data + BUCKETS + GATHERED
     return weights * (2 + 2 / data if zero == 1 else 1 + 3 / data) + BUCKETS
 
 
@@ -102,9 +105,10 @@ def _train(mesh: Any, zero: int, width: int) -> int:
 
     import hybridpar as hp
 
-    layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(24)))
     plan = {f"{i}": "row" if i % 2 else "column" for i in range(24)}
-    model = hp.parallelize(layers, mesh, nn.MSELoss(), plan=plan)
+    # No name for the module: it would keep the layers of the other stages, which this rank then has for nothing.
+    made = (nn.Linear(width, width, bias=False) for _ in range(24))
+    model = hp.parallelize(nn.Sequential(*made), mesh, nn.MSELoss(), plan=plan)
     optimizer = hp.DistributedOptimizer(torch.optim.AdamW(model.parameters(), foreach=False), model, zero=zero)
     x = torch.ones(8, width)
     for _ in range(3):

@@ -20,13 +20,21 @@ from tests.trainings import plain_adam, training
 CLOSE = {"rtol": 0, "atol": TOLERANCE[torch.float64]}
 
 
-def trained(mesh: Any, case: Case, zero: int, microbatches: int = 3, steps: int = STEPS, **how: Any) -> Any:
+def trained(
+    mesh: Any,
+    case: Case,
+    zero: int,
+    microbatches: int = 3,
+    steps: int = STEPS,
+    bucket_bytes: int = 4000,
+    **how: Any,
+) -> Any:
     """Train `case` on `mesh` and hold each number against one process."""
     reference = plain(case)
     model = hp.parallelize(case.model(), mesh, hp.CrossEntropy(), **how)
     clip = CLIP if case.clip else None
     stepper = case.stepper(model.parameters())
-    optimizer = hp.DistributedOptimizer(stepper, model, clip=clip, bucket_bytes=4000, zero=zero)
+    optimizer = hp.DistributedOptimizer(stepper, model, clip=clip, bucket_bytes=bucket_bytes, zero=zero)
     for step in range(steps):
         batch = tuple(mine(x, mesh.data) for x in tokens(step))
         assert abs(model.train_step(batch, microbatches) - reference.losses[step]) < TOLERANCE[torch.float64]

@@ -34,29 +34,30 @@ def there(model: Any) -> int:
 @ranks(2)
 def test_training_equals_one_process_where_all_ranks_are_replicas(rank_count: int) -> None:
     mesh = opened(Mesh(data=2))
-    model, optimizer = trained(mesh, Case(clip=True), 3)
+    model, optimizer = trained(mesh, Case(clip=True), 3, steps=3)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     pieces = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
     assert there(model) < 0.02 * whole and pieces < 0.51 * whole + 1000
     mesh.close()
 
 
-@ranks(4)
+@ranks(4, timeout=120)
 def test_training_equals_one_process_beside_tensor_and_pipeline() -> None:
     mesh = opened(Mesh(data=2, tensor=2))
-    trained(mesh, Case(tied=False, clip=True, kv_heads=2), 3, steps=3, sequence=True, recompute="full")
+    trained(mesh, Case(tied=False, clip=True, kv_heads=2), 3, steps=2, bucket_bytes=16000, sequence=True, recompute="full")
     mesh.close()
     mesh = opened(Mesh(data=2, pipeline=2))
-    trained(mesh, Case(), 3, steps=3)
-    trained(mesh, Case(clip=True, optimizer="sgd"), 3, steps=2, schedule="gpipe", recompute="blocks.*.mlp")
+    trained(mesh, Case(), 3, steps=2, bucket_bytes=16000)
+    how = {"schedule": "gpipe", "recompute": "blocks.*.mlp"}
+    trained(mesh, Case(clip=True, optimizer="sgd"), 3, steps=2, bucket_bytes=16000, **how)
     mesh.close()
 
 
-@ranks(8)
+@ranks(8, timeout=120)
 def test_training_equals_one_process_on_all_three_axes() -> None:
     mesh = opened(Mesh(2, 2, 2))
     how = {"schedule": "interleaved", "chunks": 2, "sequence": True}
-    trained(mesh, Case(depth=4, clip=True, kv_heads=2), 3, steps=2, **how)
+    trained(mesh, Case(depth=4, clip=True, kv_heads=2), 3, steps=2, bucket_bytes=64000, **how)
     mesh.close()
 
 

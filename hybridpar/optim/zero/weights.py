@@ -2,11 +2,11 @@
 
     forward      [0][1][2][3]           a unit's hook waits for its own weights and asks for those of the next one
     gathers     0 1  2  3               over the data axis, by Horovod, meanwhile
-    backward     [3][2][1][0]           a hook on what the unit gave does the same, the other way round
+    backward     [3][2][1][0]           a hook on the node that gave a unit's output does the same, the other way round
     gathers     3 2  1  0
 
-Autograd runs the nodes made last first. So when the gradient of what unit 1 gave is there, all nodes of unit 2 have
-run, and its weights go. All replicas ask for the same weights in the same order, since they run the same units.
+Autograd runs the nodes made last first. So when the node of unit 1's output is to run, all nodes of unit 2 have, and
+its weights go. All replicas ask for the same weights in the same order, since they run the same units.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ from hybridpar.wires.axis import Handle
 _BUCKET_BYTES, _SMALL = 4 << 20, 64
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A forward of a unit: its place among those of its pass, -1 if it is repeated in the backward pass, and the number
+    that all nodes which it makes exceed."""
+
+    unit: nn.Module
+    place: int
+    first: int
+
+
 class Weights:
     """The weights of the units of one chunk, `stage`; those of less than a 64th of `bucket_bytes` stay."""
 
@@ -40,11 +51,10 @@ class Weights:
         self._needs: dict[nn.Module, list[Bucket]] = {}
         self._coming: dict[Bucket, Handle] = {}
         self._there: dict[Bucket, None] = {}
-        self._inside: list[nn.Module] = []  # units whose forward is under way, an outer one first
-        self._behind: nn.Module | None = None  # the unit whose backward is under way
+        self._inside: list[_Call] = []  # forwards under way
+        self._behind: _Call | None = None  # the one whose backward is under way
         self._order: list[nn.Module] = []  # of the last forward pass
         self._seen: list[nn.Module] = []  # of this one
-        self._left = 0  # units of `_order` that the backward pass has not come to
         self._staying = False
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._hooks)
@@ -98,17 +108,18 @@ class Weights:
         self._seen = []
 
     def _end(self, stage: nn.Module, args: Any, output: Any) -> None:
-        self._order, self._left = self._seen, len(self._seen)
+        self._order = self._seen
         self.rest()
 
     def _enter(self, unit: nn.Module, args: Any) -> None:
         if unit not in self._needs:
             return  # the same module's copy in another chunk, which shares its hooks
-        self._inside.append(unit)
+        again = self._behind is not None  # computed again, amid a backward pass
+        place = -1 if again else len(self._seen)
+        self._inside.append(_Call(unit, place, _next_node() if torch.is_grad_enabled() else 0))
         self._bring(self._needs[unit])
-        if self._behind is not None:
-            return  # computed again, amid a backward pass
-        place = len(self._seen)
+        if again:
+            return
         self._seen.append(unit)
         if self._order[place : place + 1] == [unit]:
             self._ask(self._order[place + 1 : place + 2])
@@ -116,6 +127,9 @@ class Weights:
     def _leave(self, unit: nn.Module, args: Any, output: Any) -> None:
         if unit not in self._needs:
             return
+        while self._inside[-1].unit is not unit:  # its forward was broken off
+            self._inside.pop()
+        call = self._inside.pop()
         if torch.is_grad_enabled():
             given = tensors(output)
             if not given:
@@ -123,24 +137,18 @@ class Weights:
                     f"a {type(unit).__name__} returns a {type(output).__name__} in which zero=3 finds no tensor, whose "
                     "gradient tells when weights are needed again: return a tensor, a tuple or a dict, or use zero=2"
                 )
-            this = weakref.ref(self)
-            for t in given:
-                if t.requires_grad:
-                    t.register_hook(functools.partial(_returned, this, unit))
-        while self._inside and self._inside.pop() is not unit:
-            pass  # its forward was broken off
+            for node in _nodes(given, call.first):
+                node.register_prehook(functools.partial(_returned, weakref.ref(self), call))
         self._drop()
 
-    def _return(self, unit: nn.Module) -> None:
-        """The gradient of what `unit` gave is there: its nodes run next."""
-        if self._behind is None:
-            self._left = len(self._order)
-        self._inside, self._behind = [], unit
-        self._bring(self._needs[unit])
-        place = next((i for i in reversed(range(self._left)) if self._order[i] is unit), None)
-        if place is not None:
-            self._left = place
-            self._ask(self._order[max(place - 1, 0) : place])
+    def _return(self, call: _Call) -> None:
+        """The gradient of what `call` gave is there: its nodes run now."""
+        if self._behind is call:
+            return
+        self._inside, self._behind = [], call
+        self._bring(self._needs[call.unit])
+        if self._order[max(call.place, 0) : call.place + 1] == [call.unit]:
+            self._ask(self._order[max(call.place - 1, 0) : call.place])
 
     # ---- what is there
 
@@ -165,8 +173,8 @@ class Weights:
     def _drop(self) -> None:
         if self._staying:
             return
-        running = [*self._inside, *([] if self._behind is None else [self._behind])]
-        needed = {bucket for unit in running for bucket in self._needs[unit]}
+        running = self._inside if self._behind is None else [*self._inside, self._behind]
+        needed = {bucket for call in running for bucket in self._needs[call.unit]}
         for bucket in [bucket for bucket in self._there if bucket not in needed]:
             del self._there[bucket]
             bucket.memory.empty()
@@ -187,10 +195,24 @@ def _called(weights: weakref.ref[Weights], method: Callable[..., None], *args: A
         method(alive, *args)
 
 
-def _returned(weights: weakref.ref[Weights], unit: nn.Module, gradient: torch.Tensor) -> None:
+def _returned(weights: weakref.ref[Weights], call: _Call, gradients: Any) -> None:
     alive = weights()
     if alive is not None and not alive.replaced:
-        alive._return(unit)
+        alive._return(call)
+
+
+def _next_node() -> int:
+    """A number that nodes of autograd's graph made from now on, on this thread, exceed."""
+    return torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
+
+
+def _nodes(given: Iterable[torch.Tensor], first: int) -> dict[Any, None]:
+    """The nodes after `first` that gave these tensors, and those of what they are views of.
+
+    A change in place that follows (x += y) goes around the node of a view, to the one of its base.
+    """
+    several = [one.grad_fn for t in given for one in (t, t._base) if one is not None]
+    return dict.fromkeys(node for node in several if node is not None and node._sequence_nr() > first)
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:
