@@ -19,6 +19,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Budget": "hybridpar.pipeline.budget",
     "Checkpoints": "hybridpar.checkpoint.runs",
     "Compression": "hybridpar.optim.compression",
     "CrossEntropy": "hybridpar.tensor.loss",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hybridpar.budgeted import fit, planned
 from hybridpar.engine import Named, ParallelModel
 from hybridpar.fill.allocate import allocate
 from hybridpar.fill.fill import Weights, agree, fill, held
@@ -20,6 +21,7 @@ from hybridpar.fill.recipe import record
 from hybridpar.fill.seed import Init
 from hybridpar.loss import LossFunction, WeightedLoss
 from hybridpar.optim.precision import casting
+from hybridpar.pipeline.budget import Budget
 from hybridpar.pipeline.executor import Executor
 from hybridpar.pipeline.partition import level, partition
 from hybridpar.pipeline.schedule import build, read
@@ -33,7 +35,7 @@ from hybridpar.support import Combination
 from hybridpar.support import check as supported
 from hybridpar.tensor.derive import derive
 from hybridpar.tensor.plan import Applied, apply
-from hybridpar.tensor.recompute import kind, recomputed
+from hybridpar.tensor.recompute import kind, recomputed, switched
 from hybridpar.tensor.recurrent import unstacked
 from hybridpar.tensor.synced import synchronise
 from hybridpar.tensor.uncompiled import check, leave_out
@@ -60,7 +62,7 @@ def parallelize(
     weights: Weights | None = None,
     init: Init | None = None,
     precision: str | None = None,
-    recompute: str | Sequence[str] | None = None,
+    recompute: str | Sequence[str] | Budget | None = None,
 ) -> ParallelModel:
     """Spread `module`, built alike on every rank, over the mesh.
 
@@ -72,7 +74,8 @@ def parallelize(
     in each stage instead. `sequence` also cuts what lies between the cut layers, along the tokens.
     `precision` is "bf16" or "fp16": what torch's autocast computes in, with fp32 weights (docs/precision.md).
     `recompute` names modules that keep their inputs only until the backward pass: "full" (every block), a pattern such
-    as "blocks.*.mlp", or several (docs/recompute.md).
+    as "blocks.*.mlp", or several; `hp.Budget("2 GB")` chooses blocks, by watching an `example` that is one microbatch's
+    inputs (docs/recompute.md).
 
     A module built under `torch.device("meta")` is given its values here, each rank its own shards only: `weights` is a
     seed, a state dict, or the path of safetensors (a file, a folder or an index), or (one of these, a seed for what it
@@ -109,7 +112,10 @@ def parallelize(
     applied = apply(module, plan, mesh.tensor, draw, sequence)
     synced = synchronise(module, mesh.peers)
     leave_out(module)
-    again = recomputed(module, recompute, len(homes))
+    budget = recompute if isinstance(recompute, Budget) else None
+    step = None if budget is None else planned(budget, schedule, mesh.pipeline.size, chunks)
+    switch = None if budget is None else switched(module, len(homes))
+    again = () if isinstance(recompute, Budget) else recomputed(module, recompute, len(homes))  # budgets choose later
     all_stages = pieces.stages(module, bounds)
     mailbox = Mailbox(mesh.pipeline, mesh.device)
     mine = {s: stage for s, stage in enumerate(all_stages) if homes[s] == mesh.pipeline.index}
@@ -117,6 +123,7 @@ def parallelize(
     allocate(mine.values(), mesh.device)
     fill(recipes, held(mine.values(), applied), mesh.tensor.index, weights, init)
     owned = [_owned(stage, first, applied.tied) for stage in mine.values()]
+    executor = Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, len(ties), cast)
     model = ParallelModel(
         world=mesh,
         stages=mine,
@@ -124,7 +131,7 @@ def parallelize(
         applied=applied,
         homes={name: homes[s] for s, name in sorted(first.values(), key=lambda owner: owner[0])},
         buffers={name: homes[s] for s, stage in reversed([*enumerate(all_stages)]) for name, _ in stage.kept()},
-        executor=Executor(mine, mailbox, mesh.pipeline.index, Ties(ties, mailbox), draw, len(ties), cast),
+        executor=executor,
         schedules=lru_cache(lambda m: build(schedule, mesh.pipeline.size, m, chunks).validate()),
         draw=draw,
         loss=None if loss is None else WeightedLoss(loss, mesh.tensor, lambda: applied.logits),
@@ -133,6 +140,8 @@ def parallelize(
         asked=asked,
         reads_batches=any(s in (0, len(homes) - 1) or isinstance(stage, SkeletonStage) for s, stage in mine.items()),
     )
+    if budget is not None and step is not None and switch is not None:
+        model.report += "\n" + fit(budget, switch, mine, executor, step, mesh, example)
     listener().parallelized(model)
     return model
 

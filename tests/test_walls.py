@@ -24,6 +24,7 @@ FLOORS = (
     (
         "facts",
         ("mesh", "shard", "batches", "support", "pipeline/action", "pipeline/order", "pipeline/partition")
+        + ("pipeline/budget",)
         + ("pipeline/schedule", "pipeline/simulate", "pipeline/weave", "trace/*", "install/*")
         + ("proof/point", "proof/report", "proof/facts", "proof/gradients", "proof/causes", "proof/patience")
         + ("proof/together",)
@@ -48,7 +49,7 @@ FLOORS = (
     ),
     (
         "whole",
-        ("assemble", "engine", "evaluating", "unsplit", "start", "doctor")
+        ("assemble", "budgeted", "engine", "evaluating", "unsplit", "start", "doctor")
         + ("proof/watch", "proof/recorder", "proof/reference")
         + ("checkpoint/parts", "checkpoint/inventory", "checkpoint/commit", "checkpoint/save", "checkpoint/load")
         + ("checkpoint/runs", "checkpoint/look", "checkpoint/export")

@@ -75,11 +75,20 @@ class Executor:
         self._numbers = {stage: i for i, stage in enumerate(chunks)}
         self.casting = casting
 
-    def run(self, schedule: Schedule, micros: Sequence[Micro], readiness: Sequence[Reducing] = ()) -> list[Span]:
-        """Run all actions of this rank; returns when each began and ended, in seconds of `time.perf_counter`."""
+    def run(
+        self,
+        schedule: Schedule,
+        micros: Sequence[Micro],
+        readiness: Sequence[Reducing] = (),
+        graded: bool | None = None,
+    ) -> list[Span]:
+        """Run all actions of this rank; returns when each began and ended, in seconds of `time.perf_counter`.
+
+        `graded` has forwards prepare for a backward, which they do if `schedule` has one unless it says otherwise.
+        """
         run = _Run(self, schedule, micros, readiness)
         self._ties.refresh()
-        with torch.set_grad_enabled(not schedule.forward_only):
+        with torch.set_grad_enabled(not schedule.forward_only if graded is None else graded):
             for action in schedule.actions[self._rank]:
                 run.do(action)
         self._mailbox.flush()

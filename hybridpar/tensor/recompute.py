@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MethodType
 from typing import Any
@@ -22,12 +23,41 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hybridpar.pipeline.budget import Budget
 from hybridpar.pipeline.skip import Pop, Stash
 from hybridpar.tensor.gates import KINDS
 from hybridpar.tensor.plan import fits
 from hybridpar.tensor.recurrent import Recurrent
 
 Hook = Callable[..., Any]
+
+
+@dataclass
+class Switch:
+    """Which blocks are recomputed, where that is known only when they have been watched: `watch(name, inputs, run)`
+    runs one for as long as there is a `watch`."""
+
+    names: frozenset[str] = frozenset()
+    watch: Callable[[str, Any, Callable[[], Any]], Any] | None = None
+
+
+def switched(module: nn.Module, stages: int = 1) -> Switch:
+    """Have every block of `module` that can be recomputed ask the returned switch whether it is.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4))
+        >>> switch = switched(layers)
+        >>> switch.names = frozenset(["0"])
+    """
+    switch = Switch()
+    for name in blocks(module):
+        child = module.get_submodule(name)
+        try:
+            _check(child, name, stages)
+        except ValueError:
+            continue  # it stays as it is, and what it leaves is counted
+        _install(child, name, switch)
+    return switch
 
 
 def recomputed(module: nn.Module, wish: str | Sequence[str] | None, stages: int = 1) -> tuple[str, ...]:
@@ -48,7 +78,7 @@ def recomputed(module: nn.Module, wish: str | Sequence[str] | None, stages: int 
     for name in names:
         child = module.get_submodule(name)
         _check(child, name, stages)
-        _install(child)
+        _install(child, name, Switch(frozenset([name])))
     return names
 
 
@@ -70,7 +100,7 @@ def chosen(module: nn.Module, wish: str | Sequence[str] | None) -> tuple[str, ..
     return _matched(dict(module.named_modules()), patterns)
 
 
-def kind(wish: str | Sequence[str] | None) -> str:
+def kind(wish: str | Sequence[str] | Budget | None) -> str:
     """Which of `support.RECOMPUTE` a wish is.
 
     Example:
@@ -127,7 +157,7 @@ def _check(child: nn.Module, name: str, stages: int) -> None:
         )
 
 
-def _install(child: nn.Module) -> None:
+def _install(child: nn.Module, name: str, switch: Switch) -> None:
     """Put a checkpoint around the forward of `child` and around our hooks, which hold what its masks depend on."""
     first = vars(child).get("forward")
     inner = type(child).forward if first is None else first.__func__ if isinstance(first, MethodType) else first
@@ -135,7 +165,7 @@ def _install(child: nn.Module) -> None:
     before = _ours(child._forward_pre_hooks, child._forward_pre_hooks_with_kwargs)
     after = _ours(child._forward_hooks, child._forward_hooks_with_kwargs)
     # A method, so that a stage's copy of the module is given one of its own.
-    child.forward = MethodType(_Recomputed(inner, bound, before, after), child)
+    child.forward = MethodType(_Recomputed(inner, bound, before, after, name, switch), child)
 
 
 def _ours(hooks: dict[int, Hook], changing: Mapping[int, bool]) -> list[Hook]:
@@ -147,13 +177,18 @@ def _ours(hooks: dict[int, Hook], changing: Mapping[int, bool]) -> list[Hook]:
 
 
 class _Recomputed:
-    """The forward of a module: once, or in training with the promise to do it again."""
+    """The forward of a module: once, or in training and if the switch says so with the promise to do it again."""
 
-    def __init__(self, inner: Hook, bound: bool, before: Sequence[Hook], after: Sequence[Hook]) -> None:
+    def __init__(
+        self, inner: Hook, bound: bool, before: Sequence[Hook], after: Sequence[Hook], name: str, switch: Switch
+    ) -> None:
         self._inner, self._bound, self._before, self._after = inner, bound, before, after
+        self._name, self._switch = name, switch
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if self._switch.watch is not None:
+            return self._switch.watch(self._name, (args, kwargs), lambda: self._run(module, *args, **kwargs))
+        if not torch.is_grad_enabled() or self._name not in self._switch.names:
             return self._run(module, *args, **kwargs)
         around = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _unmoved(module))}
         return checkpoint(self._run, module, *args, **around, **kwargs)
