@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hybridpar.optim.clip import clip_grad_norm_
 from hybridpar.optim.compression import Compression, Wire
 from hybridpar.optim.matrix import check_cut
 from hybridpar.optim.model import Parallel
+from hybridpar.optim.probe import probe
 from hybridpar.optim.reduce import Reducer
 from hybridpar.optim.rounding import Rounding
 from hybridpar.optim.sync.policy import Policy, Together, policy
@@ -36,7 +37,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """Wraps `optimizer` for `model`: averages gradients over the replicas before each step.
 
     `clip` is the largest norm of the whole model's gradient. `compression` is one of `Compression`. `bucket_bytes`
-    is the size at which gathered gradients leave. `norm` is the last gradient norm, where `clip` is given. `sync` is
+    is the size at which gathered gradients leave; "probe" tries some sizes and Horovod cycle times for about a second,
+    and `probed` says what it chose and why. `norm` is the last gradient norm, where `clip` is given. `sync` is
     how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
     `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients, 3 also
     the weights. The optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad`
@@ -60,7 +62,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         model: Parallel,
         compression: Wire | None = None,
         clip: float | None = None,
-        bucket_bytes: int | None = None,
+        bucket_bytes: int | Literal["probe"] | None = None,
         sync: str | None = None,
         zero: int = 0,
         rounding: str | None = None,
@@ -79,6 +81,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_cut(optimizer, model)
         for _, p in (named for chunk in model.chunks() for named in chunk):
             forget(p)  # an earlier optimizer may have cut it
+        self.probed: str | None = None
+        if bucket_bytes == "probe":
+            bucket_bytes = self._probe()
         self._zero = Zero(model, self._chosen(optimizer.param_groups), zero, bucket_bytes) if zero else None
         if self._zero is not None:
             inside.install(optimizer, self._zero.piece)
@@ -205,6 +210,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"DistributedOptimizer({self.inner!r})"
+
+    def _probe(self) -> int | None:
+        """The size of buckets by a short probe."""
+        count = sum(p.numel() * p.element_size() for chunk in self._model.chunks() for _, p in chunk if p.requires_grad)
+        choice = probe(self._model.world, count)
+        self.probed = choice.why
+        return choice.bucket_bytes
 
     def _check_parameters(self, groups: list[dict[str, Any]]) -> None:
         """Every parameter in `groups` is the model's."""

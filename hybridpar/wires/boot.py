@@ -84,6 +84,21 @@ def idle_horovod() -> Iterator[None]:
         del os.environ[_CYCLE]  # a later world of this process may have replicas
 
 
+def wished_cycle_time() -> float | None:
+    """What HOROVOD_CYCLE_TIME says, in ms, if it is set."""
+    return float(os.environ[_CYCLE]) if os.environ.get(_CYCLE) else None
+
+
+@contextmanager
+def cycle_time(milliseconds: float) -> Iterator[None]:
+    """Let a Horovod that is started meanwhile wake up this often."""
+    os.environ[_CYCLE] = f"{milliseconds:g}"
+    try:
+        yield
+    finally:
+        del os.environ[_CYCLE]
+
+
 @contextmanager
 def gloo_interface(name: str | None) -> Iterator[None]:
     """Let what gloo opens meanwhile use this network interface, unless the user has named one.

@@ -151,6 +151,11 @@ class MpiAxis(Axis):
     def barrier(self) -> None:
         self._comm.Barrier()
 
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """For Horovod, which is started on communicators."""
+        return self._comm
+
     def part(self, name: str, colour: int) -> MpiAxis:
         """An axis of those that give the same `colour`, in order of their index here; all ranks together."""
         members = [rank for rank, theirs in zip(self.ranks, self._lengths(colour)) if theirs == colour]

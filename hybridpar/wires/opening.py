@@ -60,14 +60,15 @@ def open_world(
 
         axes, close = torch_axes(carrier, mesh, everyone, axes, device)
         closing.append(close)
-    _start_horovod(data_comm)
-    closing.append(lambda: _stop_horovod(comm))
+    start_horovod(data_comm)
+    closing.append(lambda: stop_horovod(comm))
     data = Alone("data", comm.rank) if mesh.data == 1 else hvd.HorovodAxis("data", peers.ranks, peers)
     axes |= {"everyone": everyone, "replica": replica, "data": data, "peers": peers}
     return World(mesh, comm.rank, seed, device=device, sync=sync, columns=columns, _closing=closing, **axes)
 
 
-def _start_horovod(comm: MPI.Intracomm) -> None:
+def start_horovod(comm: MPI.Intracomm) -> None:
+    """Start Horovod on the ranks of `comm`, which call it together."""
     horovod = _horovod()
     with idle_horovod() if comm.size == 1 else nullcontext():
         horovod.init(comm=comm)
@@ -78,7 +79,8 @@ def _start_horovod(comm: MPI.Intracomm) -> None:
         )
 
 
-def _stop_horovod(comm: MPI.Intracomm) -> None:
+def stop_horovod(comm: MPI.Intracomm) -> None:
+    """Stop it; all ranks of the world, `comm`, together."""
     comm.Barrier()  # a rank that stops early would stop Horovod on the others in mid-use
     _horovod().shutdown()
 
@@ -87,7 +89,7 @@ def stop_earlier_horovod(comm: MPI.Intracomm) -> None:
     """Stop Horovod where it is running already; all ranks together."""
     started = sys.modules.get("horovod.torch")
     if started is not None and started.is_initialized():
-        _stop_horovod(comm)
+        stop_horovod(comm)
 
 
 def _horovod() -> ModuleType:
