@@ -386,3 +386,26 @@ def test_ranks_that_saw_the_forward_go_different_ways_are_told() -> None:
     one.check([one.order, one.order])
     with pytest.raises(ValueError, match=r"rank 1 of a replica's 2 .* from its call 3 on \(blocks.0\).*PYTHONHASHSEED"):
         one.check([one.order, other.order])
+
+
+def test_a_parameter_that_blocks_are_given_and_give_back_as_it_is_was_not_made_by_them() -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.line(x) + table.to(x.dtype)[0]  # the table itself
+
+    class Relative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.table = nn.ModuleList(Given() for _ in range(3)), nn.Embedding(4, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, self.table.weight)
+            return x
+
+    module, x = Relative(), torch.randn(2, WIDTH)
+    torch.testing.assert_close(through(module, x, 3)[0], module(x), rtol=0, atol=0)

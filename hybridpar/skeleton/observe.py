@@ -146,16 +146,17 @@ class _Watch(TorchFunctionMode):
         if tensors(output):
             self.check(inputs)
         if self._inside:
-            self._made |= {id(t): self.calls[-1].result for t in tensors(output) if id(t) not in self._uses}
+            # x.to(..), which may give x itself, makes nothing; x.add_(..) does.
+            given = () if _in_place(func) else {id(t) for t in inputs}
+            new = [t for t in tensors(output) if id(t) not in self._uses and id(t) not in given]
+            self._made |= {id(t): self.calls[-1].result for t in new}
             self._kept += tensors(output)
         else:
             uses, weights = self.origin(inputs)
             if uses or weights:
                 changed = tensors(output)
-                if func is Tensor.__setitem__ or getattr(func, "__name__", "").rstrip("_") != getattr(
-                    func, "__name__", ""
-                ):
-                    changed += [t for t in args[:1] if isinstance(t, Tensor)]  # x[i] = y, x.add_(y)
+                if _in_place(func):
+                    changed += [t for t in args[:1] if isinstance(t, Tensor)]
                 for t in changed:
                     self._mark(t, uses, weights)
         return output
@@ -200,6 +201,12 @@ class _Watch(TorchFunctionMode):
                     self._mark(t, frozenset({result}), frozenset())
 
         return leave
+
+
+def _in_place(func: Any) -> bool:
+    """x[i] = y, x.add_(y)"""
+    name = getattr(func, "__name__", "")
+    return func is Tensor.__setitem__ or name.rstrip("_") != name
 
 
 def _cannot(module: nn.Module, error: Exception) -> ValueError:
