@@ -13,9 +13,10 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from hybridpar.cli import main
+from hybridpar.cli import _environment, main
 from hybridpar.install.probe import prefix, scripts
 from hybridpar.launch.job import plan
+from hybridpar.launch.wishes import Wishes
 from hybridpar.mesh import Mesh
 
 ROOT = Path(__file__).parents[1]
@@ -166,3 +167,12 @@ def test_a_signal_leaves_no_rank_running(tmp_path: Path, number: signal.Signals)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(tag_output=True), Wishes(output_dir="logs")])
+def test_ranks_are_told_of_the_terminal_where_what_they_print_goes_there_as_it_comes(
+    wishes: Wishes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "133")
+    assert _environment(wishes).get("HYBRIDPAR_COLUMNS") == ("133" if wishes == Wishes() else None)

@@ -89,7 +89,7 @@ def test_a_training_with_everything_on_goes_on_on_another_mesh(seed: int, tmp_pa
     draw = random.Random(seed)
     torch.set_num_threads(1)
     before, after = draw.sample([{"pipeline": 2}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}, {"data": 4}], 2)
-    stop, zeros = draw.randint(1, STEPS - 1), [draw.randint(0, 2) for _ in range(2)]
+    stop, zeros = draw.randint(1, STEPS - 1), [draw.randint(0, 3) for _ in range(2)]
     wanted = trained(tmp_path / "none", before, 0, STEPS, zeros[0])
     first = trained(tmp_path / "kept", before, 0, stop, zeros[0])
     rest = trained(tmp_path / "kept", after, stop, STEPS, zeros[1])
