@@ -8,7 +8,7 @@
         0      W         W of microbatches + W to be averaged        2 W         0
         1      W         W of microbatches, and the averages after   2 W / D     6
         2      W         W / D                                       2 W / D     6
-        3      W / D     W / D                                       2 W / D     6, and 3 of weights: in use, come, coming
+        3      W / D     W / D                                       2 W / D     6, and 3 of weights
 
 Four microbatches; W are the bytes of this rank's weights.
 """

@@ -15,7 +15,9 @@ from torch import nn
 import hybridpar as hp
 from hybridpar.mesh import Mesh
 from hybridpar.models.gpt import GPT
+from hybridpar.optim.zero.bucket import Bucket
 from hybridpar.optim.zero.units import outside, units
+from hybridpar.wires.axis import Alone
 from tests.models import gpt, layers, mine, numbers, tokens
 from tests.ranks import ranks
 from tests.test_equality import CLIP, TOLERANCE, Case, opened, plain
@@ -44,7 +46,9 @@ def test_training_equals_one_process_where_all_ranks_are_replicas(rank_count: in
 @ranks(4, timeout=120)
 def test_training_equals_one_process_beside_tensor_and_pipeline() -> None:
     mesh = opened(Mesh(data=2, tensor=2))
-    trained(mesh, Case(tied=False, clip=True, kv_heads=2), 3, steps=2, bucket_bytes=16000, sequence=True, recompute="full")
+    trained(
+        mesh, Case(tied=False, clip=True, kv_heads=2), 3, steps=2, bucket_bytes=16000, sequence=True, recompute="full"
+    )
     mesh.close()
     mesh = opened(Mesh(data=2, pipeline=2))
     trained(mesh, Case(), 3, steps=2, bucket_bytes=16000)
@@ -137,9 +141,10 @@ def test_shared_and_repeated_layers_equal_one_process_and_another_optimizer_may_
     reference, module = Twice().double(), Twice().double()
     model = hp.parallelize(module, mesh, nn.MSELoss())
     x, y = numbers(8, 6), numbers(8, 3, seed=1)
-    for zero in (3, 0, 3):
+    for zero, offload in ((3, False), (0, False), (3, True)):
         one = MAKERS["adam"](reference.parameters())
-        cut = hp.DistributedOptimizer(MAKERS["adam"](model.parameters()), model, zero=zero, bucket_bytes=500)
+        how = {"zero": zero, "offload": offload, "bucket_bytes": 500}
+        cut = hp.DistributedOptimizer(MAKERS["adam"](model.parameters()), model, **how)
         for _ in range(2):
             one.zero_grad()
             nn.functional.mse_loss(reference(x), y).backward()
@@ -167,6 +172,51 @@ def test_precisions_give_the_weights_that_zero_2_gives(precision: str) -> None:
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, rtol=0, atol=TOLERANCE[torch.float32], msg=name)
     mesh.close()
+
+
+class Outside(nn.Module):
+    """Its own forward reads the weight of a part, beside the part's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) @ self.first.weight)
+
+
+@ranks(2)
+def test_what_is_not_possible_is_refused_with_a_way_out() -> None:
+    mesh = opened(Mesh(data=2))
+    for module, words in ((Outside(), "reads a weight outside"), (layers(6, 4, 3), "0 is compiled, and zero=3")):
+        if "compiled" in words:
+            module[0].compile()
+        model = hp.parallelize(module.float(), mesh, nn.MSELoss())
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        with pytest.raises(ValueError, match="offload=True and zero=2"):
+            hp.DistributedOptimizer(sgd, model, zero=2, offload=True)
+        with pytest.raises(ValueError, match=words):
+            optimizer = hp.DistributedOptimizer(sgd, model, zero=3, bucket_bytes=64)
+            model.train_step((torch.ones(2, 6), torch.ones(2, 3)))
+            del optimizer
+    mesh.close()
+
+
+def test_pieces_their_gradients_and_states_lie_on_the_device_that_is_their_home() -> None:
+    module, alone, home = layers(6, 4), Alone("data"), torch.device("meta")
+    before = module[0].weight.detach().clone()
+    bucket = Bucket("b", list(module.named_parameters()), alone, alone, each_pass=True, home=home)
+    assert all(piece.held.device == home and piece.whole.isnan().all() for piece in bucket.pieces)
+    bucket.fill(torch.cat([before.view(-1), torch.zeros(16)]).double())
+    assert torch.equal(module[0].weight, before)
+    module(numbers(2, 6)).sum().backward()
+    bucket.launch()
+    bucket.memory.empty()
+    bucket.deliver([True, True])
+    optimizer = torch.optim.Adam([piece.held for piece in bucket.pieces])
+    optimizer.step()
+    lie = [x.device for piece in bucket.pieces for x in (piece.held.grad, optimizer.state[piece.held]["exp_avg"])]
+    assert lie == [home] * 4 and all(p.grad is None for p in module.parameters())
 
 
 # ---- units

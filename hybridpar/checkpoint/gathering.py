@@ -41,6 +41,7 @@ def wholes(
         shard, spec = held(item)
         if isinstance(shard, Scattered):
             shard = shard.collected(place.data)
+            shard = None if shard is None else shard.to(world.device)  # pieces may lie elsewhere (offload)
         if place.data != here.data:
             continue
         if spec.dim is None:

@@ -42,7 +42,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     how replicas keep together: "allreduce" unless given, or one of docs/sync.md; `hybridpar run --sync` overrules it.
     `zero` cuts over the replicas what each would hold as well: 1 the optimizer's state, 2 also the gradients, 3 also
     the weights. The optimizer then steps pieces of the parameters, and gradients lie there and not in `p.grad`
-    (docs/zero.md).
+    (docs/zero.md). With `offload` and zero=3 these pieces, with the optimizer's state, lie in the memory of the CPU.
     `rounding` "stochastic" is for weights in bf16: steps are rounded by chance, not to the nearest (docs/precision.md).
 
     Raises ValueError if the optimizer's parameters are not the model's, if the optimizer needs closures, and at once
@@ -66,8 +66,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
         sync: str | None = None,
         zero: int = 0,
         rounding: str | None = None,
+        offload: bool = False,
     ) -> None:
         _check(optimizer, compression, clip)
+        _check_offload(zero, offload)
         compression = compression or Compression.none
         wish = parse(model.world.sync or sync or "allreduce")
         check(replace(model.asked, sync=called(wish), zero=zero, compression=compression.name))
@@ -84,7 +86,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.probed: str | None = None
         if bucket_bytes == "probe":
             bucket_bytes = self._probe()
-        self._zero = Zero(model, self._chosen(optimizer.param_groups), zero, bucket_bytes) if zero else None
+        home = torch.device("cpu") if offload else None
+        self._zero = Zero(model, self._chosen(optimizer.param_groups), zero, bucket_bytes, home) if zero else None
         if self._zero is not None:
             inside.install(optimizer, self._zero.piece)
         self._reducer = self._zero or Reducer(self._policy.company, model.chunks(), bucket_bytes, compression)
@@ -262,3 +265,11 @@ def _check(optimizer: torch.optim.Optimizer, compression: Wire | None, clip: flo
         raise ValueError(f"compression={compression!r}: choose hybridpar's own {ours}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest norm is positive; leave it out for no clipping")
+
+
+def _check_offload(zero: int, offload: bool) -> None:
+    if offload and zero != 3:
+        raise ValueError(
+            f"offload=True and zero={zero}: what goes to the CPU's memory are the pieces of the weights, which zero=3 "
+            "makes; use zero=3, or leave out offload"
+        )

@@ -204,10 +204,12 @@ class SkeletonStage(nn.Module):
         if self.number not in self._homes.get(name, (0,)) and not weighs:
             return _StandIn(name, self, shadow, unit)
         own, poison = _clone(unit), _Poison(shadow)
-        call_own = own._call_impl if own._compiled_call_impl is None else own._compiled_call_impl
+        compiled = own._compiled_call_impl is not None
+        call_own = own._compiled_call_impl if compiled else own._call_impl
         # Around the whole call, hooks included: what a hook makes of a result is the result. Not a module around it:
         # names of parameters stay those of the unsplit module.
         own._compiled_call_impl = lambda *args, **kwargs: self.answer(name, call_own, poison, args, kwargs)
+        own._compiled_call_impl.compiled = compiled  # or else it is a gate only
         return own
 
 

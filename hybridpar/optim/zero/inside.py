@@ -68,7 +68,7 @@ def _cut(value: Any, piece: Piece, key: str, optimizer: torch.optim.Optimizer) -
             f"{key} of {type(optimizer).__name__} has shape {list(value.shape)} and its parameter "
             f"{list(piece.whole.shape)}: ZeRO cuts states of the parameter's shape; leave out zero="
         )
-    return piece.part(value)
+    return piece.part(value).to(piece.held.device)
 
 
 def _refusal(optimizer: torch.optim.Optimizer, stage: int) -> str:

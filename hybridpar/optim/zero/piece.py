@@ -149,4 +149,4 @@ def gradient(p: Tensor) -> Tensor | None:
     piece = piece_of(p)
     if piece is None:
         return p.grad
-    return None if piece.held.grad is None else piece.together(piece.held.grad)
+    return None if piece.held.grad is None else piece.together(piece.held.grad).to(p.device)

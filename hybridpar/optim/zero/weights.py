@@ -30,6 +30,7 @@ from hybridpar.optim.zero.units import outside, units
 from hybridpar.wires.axis import Handle
 
 _BUCKET_BYTES, _SMALL = 4 << 20, 64
+_CHECKED_PASSES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,9 @@ class Weights:
     """The weights of the units of one chunk, `stage`; those of less than a 64th of `bucket_bytes` stay."""
 
     def __init__(self, stage: nn.Module, bucket_bytes: int | None = None) -> None:
+        _check_uncompiled(stage)
         self._stage, self._units = stage, units(stage)
+        self._unchecked = _CHECKED_PASSES
         self._small = (bucket_bytes or _BUCKET_BYTES) // _SMALL
         self._needs: dict[nn.Module, list[Bucket]] = {}
         self._coming: dict[Bucket, Handle] = {}
@@ -110,6 +113,9 @@ class Weights:
     def _end(self, stage: nn.Module, args: Any, output: Any) -> None:
         self._order = self._seen
         self.rest()
+        if self._unchecked:
+            self._unchecked -= 1
+            _check_numbers(stage, tensors(output))
 
     def _enter(self, unit: nn.Module, args: Any) -> None:
         if unit not in self._needs:
@@ -199,6 +205,25 @@ def _returned(weights: weakref.ref[Weights], call: _Call, gradients: Any) -> Non
     alive = weights()
     if alive is not None and not alive.replaced:
         alive._return(call)
+
+
+def _check_uncompiled(stage: nn.Module) -> None:
+    for name, module in stage.named_modules():
+        if module._compiled_call_impl is not None and getattr(module._compiled_call_impl, "compiled", True):
+            raise ValueError(
+                f"{name or type(module).__name__} is compiled, and zero=3 moves the weights that compiled code reads: "
+                "leave it uncompiled, or use zero=2"
+            )
+
+
+def _check_numbers(stage: nn.Module, given: Iterable[torch.Tensor]) -> None:
+    """Raise where a read of a weight that was not there has come through."""
+    if any(t.is_floating_point() and bool(t.detach().isnan().any()) for t in given):
+        raise ValueError(
+            f"a forward of {type(stage).__name__} gives NaN: either the model does, as zero=2 will show, or its code "
+            "reads a weight outside the forward of the module that holds it, as F.linear(x, self.embed.weight) does, "
+            "where zero=3 has none: let a module that shares the weight do it, or use zero=2"
+        )
 
 
 def _next_node() -> int:

@@ -36,7 +36,9 @@ _UNDER_WAY = 4  # buckets: a bucket more waits for the first of them, so that me
 
 
 class Zero:
-    """Cuts the parameters `given` of `model` over its data axis and averages their gradients into pieces.
+    """Cuts the parameters `chunks` of `model` over its data axis and averages their gradients into pieces.
+
+    With stage 3 the pieces lie on the device `home`, None being that of the parameters.
 
     Example:
         >>> zero = Zero(model, model.chunks(), stage=2)                         # doctest: +SKIP
@@ -45,11 +47,19 @@ class Zero:
 
     scattered = True  # no replica has whole gradients
 
-    def __init__(self, model: Parallel, chunks: Sequence[Named], stage: int, bucket_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Parallel,
+        chunks: Sequence[Named],
+        stage: int,
+        bucket_bytes: int | None = None,
+        home: torch.device | None = None,
+    ) -> None:
         self.company = model.world.data
         self.stage, self.each_pass, self._model, self._bytes = stage, stage >= 2, model, bucket_bytes
         agree(model.world.data, chunks)
         self._chunks = [_Chunk(f"zero.{i}", model.world.data) for i in range(len(chunks))]
+        self._home = home
         self._weights = [Weights(stage, bucket_bytes) for stage in model.parts()] if stage == 3 else []
         self._pieces: dict[Parameter, Piece] = {}
         self.add(chunks)
@@ -74,7 +84,7 @@ class Zero:
         added = []
         for members, each_pass in ((early, self.each_pass), (late, False)):
             for group in grouped(members, self._bytes):
-                home = group[0][1].device if fleeting else None
+                home = (self._home or group[0][1].device) if fleeting else None
                 added.append(Bucket(chunk.next_name(), group, world.data, world.peers, each_pass, home))
                 chunk.add(added[-1])
         self._pieces |= {piece.whole: piece for bucket in added for piece in bucket.pieces}
