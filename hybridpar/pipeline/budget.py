@@ -151,8 +151,8 @@ def _chosen(schedule: Schedule, rank: int, left: Mapping[int, Left], budget: Bud
         without, least = peak(schedule, rank, left, ()), peak(schedule, rank, left, chosen)
         raise ValueError(
             f"recompute=Budget({budget.size!r}): pipeline index {rank} holds {told(without)} of activations with "
-            f"nothing recomputed and {told(least)} ({least} bytes) with {len(chosen)} blocks recomputed, all that can be: "
-            "make microbatches smaller, raise the tensor or pipeline degree, or give a budget of that"
+            f"nothing recomputed and {told(least)} ({least} bytes) with {len(chosen)} blocks recomputed, all that can "
+            "be: make microbatches smaller, raise the tensor or pipeline degree, or give a budget of that"
         )
     for name in reversed(cheapest):  # one that came early may be in vain beside a large one that came late
         fewer = [other for other in chosen if other != name]
