@@ -42,6 +42,7 @@ CANDIDATES = (
     Candidate("ddp-kept", "the same, freed memory kept as hybridpar does", "torch_sides:ddp_kept"),
     Candidate("zero1", "hybridpar, data 2, ZeRO 1", "hybridpar_sides:zero1", launcher="mpirun"),
     Candidate("zero2", "hybridpar, data 2, ZeRO 2", "hybridpar_sides:zero2", launcher="mpirun"),
+    Candidate("zero3", "hybridpar, data 2, ZeRO 3", "hybridpar_sides:zero3", launcher="mpirun"),
     Candidate("fsdp2-kept", "torch FSDP2, weights kept until the backward", "torch_sides:fsdp2_kept"),
     Candidate("fsdp2", "torch FSDP2, default settings", "torch_sides:fsdp2"),
     Candidate("tensor", "hybridpar, tensor 2", "hybridpar_sides:tensor", launcher="mpirun"),

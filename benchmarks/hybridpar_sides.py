@@ -24,6 +24,11 @@ def zero2(work: Work, seat: Seat) -> Side:
     return _side(work, zero=2)
 
 
+def zero3(work: Work, seat: Seat) -> Side:
+    """Two replicas, weights cut too."""
+    return _side(work, zero=3)
+
+
 def tensor(work: Work, seat: Seat) -> Side:
     """Every layer cut in two."""
     return _side(work, tensor=seat.ranks)

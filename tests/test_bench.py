@@ -78,7 +78,7 @@ def test_an_unknown_candidate_is_refused_with_the_known_ones() -> None:
 @pytest.mark.timeout(400)
 def test_all_kinds_of_candidates_train_alike(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    names = ["limit", "data", "ddp", "tensor", "dtensor", "pipeline", "interleaved", "torch-1f1b"]
+    names = ["limit", "data", "ddp", "zero3", "fsdp2", "tensor", "dtensor", "pipeline", "interleaved", "torch-1f1b"]
     options = ["--rounds", "1", "--steps", "2", "--patience", "0", "--json", str(path), "--markdown"]
     ran = CliRunner().invoke(main, [*TINY_OPTIONS, *options, "--only", ",".join(names)], catch_exceptions=False)
     told = json.loads(path.read_text())

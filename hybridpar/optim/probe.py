@@ -51,7 +51,7 @@ def probe(world: World, gradient_bytes: int) -> Choice:
     _pass(world, total, total)  # carriers connect at the first use
     first = _pass(world, total, total)
     if first > _SECONDS / 2:
-        return Choice(None, f"the link takes {first:.1f} s for {_mib(total)}, however it is cut: the default size")
+        return Choice(None, f"one pass of {_mib(total)} took {first:.1f} s, however it is cut: the default")
     passes = max(1, min(_PASSES, int(_SECONDS / first / len(sizes) / len(cycles))))
     took: dict[tuple[float, int], float] = {}
     for cycle in cycles:
