@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from hybridpar.seeds import Draw
 from hybridpar.shard import Range, Spec, cut
+from hybridpar.tensor import collectives
 from hybridpar.tensor.attention import heads_held
 from hybridpar.tensor.derive.attention import Heads, recognised
 from hybridpar.tensor.derive.source import Unsure
@@ -77,7 +78,7 @@ def shard(module: nn.Module, axis: Axis, draw: Draw, name: str) -> None:
         old = module.get_submodule(where)
         mask = Dropout(old.p, f"{name}.{where}", draw, Held(1, (spans[axis.index][0],)))
         _put(module, where, mask.train(old.training))
-    _count(module.get_submodule(found.core), found, spans[axis.index])
+    _count(module.get_submodule(found.core), found, spans[axis.index], axis)
 
 
 def held(module: nn.Module, axis: Axis, name: str) -> dict[str, Range]:
@@ -103,7 +104,7 @@ def read(module: nn.Module, name: str) -> Heads:
         ) from None
 
 
-def _count(core: nn.Module, found: Heads, span: Span) -> None:
+def _count(core: nn.Module, found: Heads, span: Span, axis: Axis) -> None:
     """Tell the module how many heads its forward computes."""
     (q0, q1), (k0, k1) = span
     values = {"heads": q1 - q0, "kv_heads": k1 - k0, "groups": (q1 - q0) // (k1 - k0), "width": (q1 - q0) * found.width}
@@ -115,6 +116,8 @@ def _count(core: nn.Module, found: Heads, span: Span) -> None:
             setattr(core.config, attribute, values[meaning])
     if found.alibi:
         core.register_forward_pre_hook(_AlibiOfHeads(found.heads, (q0, q1)), with_kwargs=True)
+    if any("relative_position_bias" in name and on for name, on in vars(getattr(core, "config", None) or core).items()):
+        core.register_forward_pre_hook(_MaskOfHeads(found.heads, (q0, q1), axis), with_kwargs=True)
 
 
 class _AlibiOfHeads:
@@ -130,6 +133,21 @@ class _AlibiOfHeads:
         start, stop = self._held
         mine = alibi.unflatten(0, (-1, self._heads))[:, start:stop].flatten(0, 1)
         return args, {**kwargs, "alibi": mine}
+
+
+class _MaskOfHeads:
+    """A forward pre-hook that cuts masks [b, heads, l, l] with a bias of each head (BEiT): those of this index."""
+
+    def __init__(self, heads: int, held: Range, axis: Axis) -> None:
+        self._heads, self._held, self._axis = heads, slice(*held), axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return tuple(map(self._mine, args)), {name: self._mine(value) for name, value in kwargs.items()}
+
+    def _mine(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[1] != self._heads:
+            return value
+        return collectives.copy(value, self._axis)[:, self._held]  # its maker has the gradients of all heads
 
 
 def _fused(found: Heads, span: Span) -> tuple[Range, ...]:
