@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import hybridpar as hp
+from hybridpar.models.bert import BERT
 from hybridpar.models.gpt import GPT
 from hybridpar.models.resnet import ResNet
+from hybridpar.models.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ def _gpt(small: bool) -> nn.Module:
     return GPT(256, 16, 4, 4, 32) if small else GPT(4096, 512, 8, 8, 32)
 
 
+def _bert(small: bool) -> nn.Module:
+    return BERT(256, 16, 4, 4, 32) if small else BERT(4096, 512, 8, 8, 32)
+
+
+def _unet(small: bool) -> nn.Module:
+    return UNet(1, 1, (8, 8, 16)) if small else UNet(1, 1, (64, 128, 256))
+
+
 def _resnet(small: bool) -> nn.Module:
     return ResNet(3, 10, (8, 16), 2, "group") if small else ResNet(3, 10, (256, 512), 2, "group")
 
@@ -81,11 +91,18 @@ def _images() -> tuple[Any, Any]:
     return torch.linspace(-1, 1, 4 * 3 * 64).view(4, 3, 8, 8), torch.arange(4)
 
 
+def _volumes() -> tuple[Any, Any]:
+    voxels = torch.linspace(-1, 1, 4 * 8**3).view(4, 1, 8, 8, 8)
+    return voxels, (voxels > 0).float()
+
+
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family("GPT", _gpt, _tokens, hp.CrossEntropy),
+        Family("BERT", _bert, _tokens, hp.CrossEntropy),
         Family("ResNet", _resnet, _images, lambda: F.cross_entropy),
+        Family("U-Net", _unet, _volumes, lambda: F.binary_cross_entropy_with_logits),
         Family("LSTM", _lstm, _tokens, hp.CrossEntropy),
         Family("Llama", _llama, _tokens, hp.CrossEntropy, needs="transformers"),
     )
