@@ -4,6 +4,9 @@ Forty jobs, each killed by SIGKILL: on one of its ranks, the other, or both; eve
 being written. Each takes the run up where the one before left it, on another mesh; every second one saves in the
 background. After each: nobody is left, the exit code tells, every checkpoint in the folder is whole to the last bit,
 and none that was reported as saved is lost. The losses of all of them are those of a run that was never killed.
+
+The rate is low for the sake of the last sentence. At 1e-2 the training is chaotic: weights changed by one rounding
+change the loss by 1e-9 after 400 steps and by 2e-2 after 600, without any checkpoint. At 1e-3 it is 1e-15 after 1500.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 
@@ -34,7 +37,7 @@ from tests.models import gpt, tokens, mine
 folder, number, steps, background, degrees = Path(sys.argv[0]).parent, {number}, {steps}, {background}, {degrees}
 mesh = hp.init(seed=3, **degrees)
 model = hp.parallelize(gpt(dropout=0.1), mesh, loss=hp.CrossEntropy())
-adam = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
+adam = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
 optimizer = hp.DistributedOptimizer(adam, model)
 rate = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(adam, 7)
 checkpoints = hp.Checkpoints(folder / "run", keep=2, asynchronous=background)
@@ -64,22 +67,25 @@ def training(number: int, steps: int = 10**9, background: bool = False, **degree
     return TRAIN.format(number=number, steps=steps, background=background, degrees=degrees)
 
 
-def killer(folder: Path, number: int, draw: random.Random) -> None:
-    """Wait for both ranks, then for a moment, then kill."""
+def killer(folder: Path, number: int, draw: random.Random, ended: Event) -> None:
+    """Wait for both ranks and some steps, as many on a busy machine as on a quiet one, then for a moment, then kill."""
     notes = [folder / f"process-{number}-{rank}" for rank in range(2)]
-    while not all(note.exists() and note.read_text() for note in notes):
+    goal = len(lines(folder / "losses")) + draw.randint(0, 12)
+    victims, pause = draw.choice([[0], [1], [0, 1]]), draw.uniform(0, 0.05)
+    hurry = draw.choice([0, 0.002, 0.01, 0.05]) * draw.random()
+    while not ended.is_set() and not all(note.exists() and note.read_text() for note in notes):
         time.sleep(0.01)
-    processes = [int(note.read_text()) for note in notes]
-    victims = draw.choice([processes[:1], processes[1:], processes])
-    time.sleep(draw.uniform(0, 0.6))
+    while not ended.is_set() and len(lines(folder / "losses")) < goal:
+        time.sleep(0.005)
+    time.sleep(pause)
     if number % 2:
         limit = time.monotonic() + 30
-        while not any((folder / "run").glob(".tmp-*")) and time.monotonic() < limit:
+        while not ended.is_set() and not any((folder / "run").glob(".tmp-*")) and time.monotonic() < limit:
             time.sleep(0.001)
-        time.sleep(draw.choice([0, 0.002, 0.01, 0.05]) * draw.random())
-    for process in victims:
+        time.sleep(hurry)
+    for rank in victims if not ended.is_set() else ():
         with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(int(notes[rank].read_text()), signal.SIGKILL)
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -100,10 +106,12 @@ def newest_step(run_folder: Path) -> int:
 def test_forty_kills_lose_no_checkpoint_and_the_training_goes_on_as_if_never_killed(tmp_path: Path) -> None:
     draw, before, inside = random.Random(11), 0, 0
     for number in range(KILLS):
-        thread = Thread(target=killer, args=(tmp_path, number, draw), daemon=True)
+        ended = Event()
+        thread = Thread(target=killer, args=(tmp_path, number, draw, ended), daemon=True)
         thread.start()
         background = number % 4 >= 2
         job = run(tmp_path, training(number, background=background, **MESHES[number % 3]), ranks=2)
+        ended.set()
         thread.join()
         assert job.code != 0 and job.left == (), f"kill {number}: code {job.code}, left {job.left}\n{job.said}"
         inside += any((tmp_path / "run").glob(".tmp-*"))
@@ -113,6 +121,7 @@ def test_forty_kills_lose_no_checkpoint_and_the_training_goes_on_as_if_never_kil
         after = newest_step(tmp_path / "run")
         assert after >= max(before, reported), f"kill {number}: {after} after {before}, reported {reported}"
         before = after
+    assert before >= KILLS, f"the jobs came no further than step {before}"
     assert inside >= KILLS // 4, f"only {inside} of {KILLS} kills were inside of a save"
     last = before + 3
     assert run(tmp_path, training(KILLS, last), ranks=2).code == 0
@@ -168,5 +177,3 @@ def assert_one_sentence(job: Job) -> None:
     assert job.code == 1 and job.left == (), job
     assert len(job.lines("could not be written (No space left on device)")) == 1, job.said
     assert "Traceback" not in job.said
-
-

@@ -207,7 +207,7 @@ def called(command: list[str], folder: Path, user: dict[str, str]) -> str:
 
 
 def until(found: Callable[[], Any], what: str, output: Path | None = None) -> Any:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180  # on a busy machine it takes more than 60
     while not (value := found()):
         assert time.monotonic() < limit, f"no {what}: {output.read_text() if output else ''}"
         time.sleep(0.1)
