@@ -207,7 +207,7 @@ def test_pieces_their_gradients_and_states_lie_on_the_device_that_is_their_home(
     before = module[0].weight.detach().clone()
     bucket = Bucket("b", list(module.named_parameters()), alone, alone, each_pass=True, home=home)
     assert all(piece.held.device == home and piece.whole.isnan().all() for piece in bucket.pieces)
-    bucket.fill(torch.cat([before.view(-1), torch.zeros(16)]).double())
+    bucket.fill(torch.cat([before.view(-1), torch.zeros(24, dtype=before.dtype)]))
     assert torch.equal(module[0].weight, before)
     module(numbers(2, 6)).sum().backward()
     bucket.launch()
