@@ -5,8 +5,9 @@
 It lives as long as its standard input is open. When process 1 of a namespace ends the kernel kills all others there, so
 a host is gone when the test that holds the other end of that pipe is, however that ended.
 
-What a host has of its own: /tmp, /dev/shm and /run (empty), /etc/hosts, /etc/ssh, /etc/shadow, no name server. KEPT are
-folders that all hosts see, as on a shared file system, also where they lie in one of the above.
+What a host has of its own: /tmp, /dev/shm and /run (empty), /etc/hosts, /etc/ssh, /etc/shadow, no name server, and no
+files of a user's shell. KEPT are folders that all hosts see, as on a shared file system, also where they lie in one of
+the above.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 OWN_FOLDERS = ("/tmp", "/dev/shm", "/run")
+SHELL_FILES = (".bashrc", ".profile", ".bash_profile")  # of a user: killed amid them, they may leave locks in the home
 OWN_FILES = ("hosts", "shadow", "resolv.conf", "ssh")  # in /etc; FOLDER/etc-NAME or FOLDER/etc has them
 
 
@@ -50,6 +52,9 @@ def _give_own_files(etc: Path, kept: tuple[str, ...]) -> None:
             _mount("--bind", str(etc / name), f"/etc/{name}")
     for path in (*OWN_FOLDERS, *([str(home)] if home.is_dir() else [])):  # a user's own keys and settings stay out
         _mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", path)
+    for name in SHELL_FILES:
+        if (file := Path("~", name).expanduser()).is_file():
+            _mount("--bind", "/dev/null", str(file))
     for path, number in inside.items():
         with suppress(FileExistsError):
             os.makedirs(path)
