@@ -61,7 +61,7 @@ _NUMBERS = {
 }
 _ARGUMENTS = {
     *("hidden_states", "x", "residual", "query", "attention_mask", "mask", "position_embeddings", "position_ids"),
-    *("past_key_values", "past_key_value", "layer_past", "use_cache", "cache_position", "output_attentions"),
+    *("past_key_values", "cache", "past_key_value", "layer_past", "use_cache", "cache_position", "output_attentions"),
     *("key_value_states", "encoder_hidden_states", "encoder_attention_mask", "current_states", "rotary_pos_emb"),
     *("is_causal", "cu_seqlens", "max_seqlen", "cos", "sin", "causal_attention_mask"),
 }
