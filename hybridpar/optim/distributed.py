@@ -70,6 +70,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     ) -> None:
         _check(optimizer, compression, clip)
         _check_offload(zero, offload)
+        if rounding not in (None, "stochastic"):
+            raise ValueError(f'rounding={rounding!r}: choose "stochastic", or None for torch\'s own, to the nearest')
         compression = compression or Compression.none
         wish = parse(model.world.sync or sync or "allreduce")
         check(replace(model.asked, sync=called(wish), zero=zero, compression=compression.name))
@@ -94,8 +96,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if isinstance(self._policy, Together) and isinstance(self._reducer, Reducer):
             self._policy.reducer = self._reducer
         model.attach(self._reducer)
-        if rounding not in (None, "stochastic"):
-            raise ValueError(f'rounding={rounding!r}: choose "stochastic", or None for torch\'s own, to the nearest')
         self._rounding = Rounding(optimizer, model) if rounding else None
         if model.scaling is not None:
             model.scaling.watch(self._gradients)

@@ -17,7 +17,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from hybridpar.wires.cycle import DEFAULT, restart, wished
+from hybridpar.wires.boot import wished_cycle_time
+from hybridpar.wires.cycle import DEFAULT, restart
 from hybridpar.wires.world import World
 
 SIZES = tuple(1 << power for power in (18, 20, 22, 24))  # bytes
@@ -47,7 +48,8 @@ def probe(world: World, gradient_bytes: int) -> Choice:
         return Choice(None, "one replica: no gradients travel")
     total = min(max(world.everyone.objects(gradient_bytes)), _MOST_BYTES)
     sizes = [size for size in SIZES if size < total] or [SIZES[0]]
-    cycles = (wished(),) if wished() else CYCLES
+    wished = wished_cycle_time()
+    cycles = (wished,) if wished else CYCLES
     _pass(world, total, total)  # carriers connect at the first use
     first = _pass(world, total, total)
     if first > _SECONDS / 2:

@@ -104,7 +104,7 @@ class _Chunk:
         self._name, self._axis, self._parameters = name, axis, parameters
         self._bucket_bytes, self._wire = bucket_bytes, wire
         self._hooks: list[RemovableHandle] = []
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, remove, self._hooks)
         self.phase = Phase.IDLE
         self._build()
 
@@ -154,7 +154,7 @@ class _Chunk:
         self._launched += 1
 
     def _build(self) -> None:
-        _remove(self._hooks)
+        remove(self._hooks)
         self._built = self._kinds()
         trained = [(name, p) for name, p in self._parameters if p.requires_grad]
         groups = grouped(trained, self._bucket_bytes)
@@ -178,7 +178,8 @@ def _deliver(chunk: weakref.ref[_Chunk], p: Parameter) -> None:
         alive.take(p)
 
 
-def _remove(hooks: list[RemovableHandle]) -> None:
+def remove(hooks: list[RemovableHandle]) -> None:
+    """Take away all `hooks`, and forget them."""
     while hooks:
         hooks.pop().remove()
 

@@ -77,11 +77,8 @@ def idle_horovod() -> Iterator[None]:
     if _CYCLE in os.environ:
         yield
         return
-    os.environ[_CYCLE] = "20"  # ms
-    try:
+    with cycle_time(20):
         yield
-    finally:
-        del os.environ[_CYCLE]  # a later world of this process may have replicas
 
 
 def wished_cycle_time() -> float | None:
@@ -91,7 +88,7 @@ def wished_cycle_time() -> float | None:
 
 @contextmanager
 def cycle_time(milliseconds: float) -> Iterator[None]:
-    """Let a Horovod that is started meanwhile wake up this often."""
+    """Let a Horovod that is started meanwhile wake up this often; a later world of this process may want another."""
     os.environ[_CYCLE] = f"{milliseconds:g}"
     try:
         yield

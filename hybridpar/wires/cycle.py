@@ -8,17 +8,12 @@ from hybridpar.wires.world import World
 DEFAULT = 1.0  # ms, Horovod's own
 
 
-def wished() -> float | None:
-    """The cycle time in ms that the user has set by HOROVOD_CYCLE_TIME, if one was set."""
-    return wished_cycle_time()
-
-
 def restart(world: World, milliseconds: float) -> None:
     """Let Horovod wake up this often on the data axis of `world`, unless the user has said how often.
 
     All ranks call it together, with nothing under way.
     """
-    if wished() or world.data.size == 1:
+    if wished_cycle_time() or world.data.size == 1:
         return
     from hybridpar.wires.mpi import MpiAxis
     from hybridpar.wires.opening import start_horovod, stop_horovod

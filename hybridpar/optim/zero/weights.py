@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hybridpar.microbatch import tensors
 from hybridpar.optim.bucket import Named
+from hybridpar.optim.reduce import remove
 from hybridpar.optim.zero.bucket import Bucket
 from hybridpar.optim.zero.piece import piece_of
 from hybridpar.optim.zero.units import outside, units
@@ -60,7 +61,7 @@ class Weights:
         self._seen: list[nn.Module] = []  # of this one
         self._staying = False
         self._hooks: list[RemovableHandle] = []
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, remove, self._hooks)
         self._hook(stage.register_forward_pre_hook, Weights._begin, prepend=True)
         self._hook(stage.register_forward_hook, Weights._end)
 
@@ -144,10 +145,10 @@ class Weights:
                     "gradient tells when weights are needed again: return a tensor, a tuple or a dict, or use zero=2"
                 )
             for node in _nodes(given, call.first):
-                node.register_prehook(functools.partial(_returned, weakref.ref(self), call))
+                node.register_prehook(functools.partial(_called, weakref.ref(self), Weights._return, call))
         self._drop()
 
-    def _return(self, call: _Call) -> None:
+    def _return(self, call: _Call, gradients: Any) -> None:
         """The gradient of what `call` gave is there: its nodes run now."""
         if self._behind is call:
             return
@@ -201,12 +202,6 @@ def _called(weights: weakref.ref[Weights], method: Callable[..., None], *args: A
         method(alive, *args)
 
 
-def _returned(weights: weakref.ref[Weights], call: _Call, gradients: Any) -> None:
-    alive = weights()
-    if alive is not None and not alive.replaced:
-        alive._return(call)
-
-
 def _check_uncompiled(stage: nn.Module) -> None:
     for name, module in stage.named_modules():
         if module._compiled_call_impl is not None and getattr(module._compiled_call_impl, "compiled", True):
@@ -238,8 +233,3 @@ def _nodes(given: Iterable[torch.Tensor], first: int) -> dict[Any, None]:
     """
     several = [one.grad_fn for t in given for one in (t, t._base) if one is not None]
     return dict.fromkeys(node for node in several if node is not None and node._sequence_nr() > first)
-
-
-def _remove(hooks: list[RemovableHandle]) -> None:
-    while hooks:
-        hooks.pop().remove()
