@@ -185,6 +185,7 @@ class Outside(nn.Module):
         return self.last(self.first(x) @ self.first.weight)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler loads what torch deprecates
 @ranks(2)
 def test_what_is_not_possible_is_refused_with_a_way_out() -> None:
     mesh = opened(Mesh(data=2))
