@@ -168,6 +168,12 @@ def test_averages_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="decay=1.0: what is kept"):
         hp.EMA(model, 1.0)
     hp.save(tmp_path / "kept", model)
+    ema = hp.EMA(model)
+    with ema.applied():
+        for call in (ema.update, lambda: hp.save(tmp_path / "swapped", model, ema), ema.applied().__enter__):
+            with pytest.raises(ValueError, match="where weights and averages have changed places"):
+                call()
+    ema.update()
     with pytest.raises(ValueError, match="was saved without a ema"):
         hp.load(tmp_path / "kept", model, hp.EMA(model))
     mesh.close()

@@ -50,6 +50,8 @@ class Parts:
         if not found["model"]:
             raise ValueError("a checkpoint needs the model that hp.parallelize returned: give it among the objects")
         first = {kind: next(iter(found[kind]), None) for kind in ("scaler", "loader", "ema")}
+        if first["ema"] is not None:
+            first["ema"].check_apart("hp.save or hp.load of an hp.EMA")
         return cls(found["model"][0], found["optimizer"], found["scheduler"], **first)
 
     def names(self) -> dict[int, str]:

@@ -23,7 +23,8 @@ class EMA:
     Call `update()` after `optimizer.step()`; within `applied()` the model has the averages in the place of its weights.
     Buffers (running statistics) stay the model's own. `hp.save` and `hp.load` take it beside the model.
 
-    Raises ValueError for a decay that is none, and in `update` under a sync policy that lets replicas differ.
+    Raises ValueError for a decay that is none, and in `update` within `applied()` or under a sync policy that lets
+    replicas differ.
 
     Example:
         >>> ema = hp.EMA(model, decay=0.999)                # doctest: +SKIP
@@ -35,7 +36,7 @@ class EMA:
     def __init__(self, model: Parallel, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: what is kept of the average at each update is at least 0 and less than 1")
-        self.decay, self.updates = decay, 0
+        self.decay, self.updates, self.is_applied = decay, 0, False
         self._model = model
         self.averages: dict[str, Tensor] = {
             name: value(p).to(_wide(p.dtype), copy=True)
@@ -47,6 +48,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights as they are now into the average."""
+        self.check_apart("update()")
         if self._model.on_their_own:
             raise ValueError(
                 "replicas train for themselves under this sync policy, so their averages would differ: average what "
@@ -59,11 +61,19 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within it, the model's weights are the averages: for evaluation, predictions, `full_state_dict`."""
+        self.check_apart("applied()")
         own = self._exchange({})
+        self.is_applied = True
         try:
             yield
         finally:
+            self.is_applied = False
             self._exchange(own)
+
+    def check_apart(self, what: str) -> None:
+        """Raises ValueError, naming `what` was called, if the model has the averages in the place of its weights."""
+        if self.is_applied:
+            raise ValueError(f"{what} in ema.applied(), where weights and averages have changed places: call it after")
 
     @torch.no_grad()
     def _exchange(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
