@@ -34,6 +34,7 @@ from hybridpar.split import Chain, Stage
 from hybridpar.support import Combination
 from hybridpar.support import check as supported
 from hybridpar.tensor.derive import derive
+from hybridpar.tensor.patterns import regions
 from hybridpar.tensor.plan import Applied, apply
 from hybridpar.tensor.recompute import kind, recomputed, switched
 from hybridpar.tensor.recurrent import unstacked
@@ -104,7 +105,8 @@ def parallelize(
         schedule, chunks = "1f1b", 1  # one rank, one stage
     homes = (read(schedule) if custom else build(schedule, mesh.pipeline.size, 1, chunks)).stage_ranks
     draw = Draw(mesh.seed)
-    pieces = _pieces(module, len(homes), chain, example, draw)
+    plan = plan if plan is not None else getattr(module, "tensor_plan", None)
+    pieces = _pieces(module, len(homes), chain, example, plan, draw)
     if isinstance(pieces, Skeleton):
         pieces.check(mesh.replica.objects(pieces.order))
     bounds, spent = _bounds(pieces, homes, mesh, stages, costs, example)
@@ -169,8 +171,7 @@ def _hash(t: torch.Tensor) -> int:
 
 
 def _plan(module: nn.Module, plan: Mapping[str, str] | None, tensor: int, sequence: bool) -> Mapping[str, str]:
-    """What is cut over the tensor axis: what the user says, else the module, else what is sure to be right."""
-    plan = plan if plan is not None else getattr(module, "tensor_plan", None)
+    """What is cut over the tensor axis: what the user or the module says in `plan`, else what is sure to be right."""
     if plan is not None or tensor == 1:
         return plan or {}
     if sequence:
@@ -181,11 +182,18 @@ def _plan(module: nn.Module, plan: Mapping[str, str] | None, tensor: int, sequen
     return derive(module, tensor)
 
 
-def _pieces(module: nn.Module, stages: int, chain: Sequence[str] | None, example: Any, draw: Draw) -> Chain | Skeleton:
+def _pieces(
+    module: nn.Module,
+    stages: int,
+    chain: Sequence[str] | None,
+    example: Any,
+    plan: Mapping[str, str] | None,
+    draw: Draw,
+) -> Chain | Skeleton:
     """How the module can be cut: by its chain, if it or the user names one, else by watching its forward."""
     if stages == 1 or chain is not None or isinstance(module, nn.Sequential) or hasattr(module, "chain"):
         return Chain(module, stages, chain, lambda units: unstacked(units, draw))
-    return Skeleton(module, stages, example)
+    return Skeleton(module, stages, example, regions(plan or {}, [name for name, _ in module.named_modules()]))
 
 
 def _bounds(

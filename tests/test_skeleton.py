@@ -284,6 +284,9 @@ def test_lists_within_blocks_are_opened_where_there_are_too_few_blocks() -> None
     nested = nn.ModuleDict({"stages": nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))})
     assert dissect(nested, 2).blocks == {"stages.0", "stages.1"}
     assert dissect(nested, 3).blocks == {f"stages.{i}.{j}" for i in range(2) for j in range(2)}
+    assert dissect(nested, 3, closed={"stages.1"}).blocks == {"stages.0.0", "stages.0.1", "stages.1"}
+    with pytest.raises(ValueError, match="outside of stages, which the tensor plan has run as one piece"):
+        dissect(nested, closed={"stages"})
 
 
 def test_any_structure_travels_as_tensors_and_the_rest() -> None:

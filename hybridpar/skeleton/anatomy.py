@@ -15,6 +15,7 @@ between their calls.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,10 +31,10 @@ class Anatomy:
     aliases: dict[str, str]
 
 
-def dissect(module: nn.Module, blocks: int = 2, least: int = 2) -> Anatomy:
+def dissect(module: nn.Module, blocks: int = 2, least: int = 2, closed: Set[str] = frozenset()) -> Anatomy:
     """Take the outermost lists of modules with parameters as lists of blocks; go deeper where these are fewer than
-    `blocks`. A list of one counts where there is no longer one: it may be called again and again (ALBERT).
-    Raises ValueError where there is no list.
+    `blocks`. A list of one counts where there is no longer one: it may be called again and again (ALBERT). What is in
+    the modules named in `closed` is never taken apart. Raises ValueError where there is no list.
 
     Example:
         >>> body = nn.ModuleDict({"up": nn.Linear(4, 8), "layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(3))})
@@ -41,19 +42,25 @@ def dissect(module: nn.Module, blocks: int = 2, least: int = 2) -> Anatomy:
         ['layers.0', 'layers.1', 'layers.2']
     """
     opened: set[str] = set()  # blocks that have become bones
+
+    def inside(item: str) -> dict[str, nn.Module]:
+        return _lists(module.get_submodule(item), set(), least, closed, item)
+
     while True:
-        lists = _lists(module, opened, least)
+        lists = _lists(module, opened, least, closed)
         items = [f"{name}.{child}".lstrip(".") for name, found in lists.items() for child in found._modules]
-        deeper = {item for item in items if item not in opened and _lists(module.get_submodule(item), set(), least)}
+        deeper = {item for item in items if item not in opened and inside(item)}
         if len([item for item in items if item not in opened]) >= blocks or not deeper:
             break
         opened |= deeper
     if not lists and least > 1:
-        return dissect(module, blocks, least=1)
+        return dissect(module, blocks, 1, closed)
     if not lists:
+        pieces = ", ".join(sorted(closed))
+        outside = f" outside of {pieces}, which the tensor plan has run as one piece (name smaller ones)" * bool(closed)
         raise ValueError(
             f"{type(module).__name__} cannot be cut into pipeline stages: it has no nn.ModuleList or nn.Sequential of "
-            'blocks; say in which order its parts call one another with chain=("embed", "blocks.*", "head"), '
+            f'blocks{outside}; say in which order its parts call one another with chain=("embed", "blocks.*", "head"), '
             "or set pipeline=1"
         )
     blocks_found = frozenset(one for item in items if item not in opened for one in _called(module, item))
@@ -81,8 +88,12 @@ def dissect(module: nn.Module, blocks: int = 2, least: int = 2) -> Anatomy:
     return Anatomy(units, blocks_found & frozenset(units), frozenset(bones), aliases)
 
 
-def _lists(module: nn.Module, opened: set[str], least: int, name: str = "") -> dict[str, nn.Module]:
+def _lists(
+    module: nn.Module, opened: set[str], least: int, closed: Set[str], name: str = ""
+) -> dict[str, nn.Module]:
     """The outermost lists in `module`, itself included; and those in the items that are `opened`."""
+    if name in closed:
+        return {}
     if not _is_list(module, least):
         items = module._modules
     else:
@@ -90,7 +101,7 @@ def _lists(module: nn.Module, opened: set[str], least: int, name: str = "") -> d
     found = {name: module} if _is_list(module, least) else {}
     for leaf, child in items.items():
         if child is not None:
-            found |= _lists(child, opened, least, f"{name}.{leaf}".lstrip("."))
+            found |= _lists(child, opened, least, closed, f"{name}.{leaf}".lstrip("."))
     return found
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +27,7 @@ class Skeleton:
     """How `module` can be cut into `stages` or more; `costs` has one number for each part, `labels` its name.
 
     `example` are inputs like those of training; a Hugging Face model has `dummy_inputs` of its own.
-    Raises ValueError where it cannot be cut.
+    What is in the modules named in `closed` stays together. Raises ValueError where it cannot be cut.
 
     Example:
         >>> import torch
@@ -42,8 +42,8 @@ class Skeleton:
         ['body.0', 'body.1', 'body.2']
     """
 
-    def __init__(self, module: nn.Module, stages: int, example: Any = None) -> None:
-        self._anatomy = dissect(module, stages)
+    def __init__(self, module: nn.Module, stages: int, example: Any = None, closed: Set[str] = frozenset()) -> None:
+        self._anatomy = dissect(module, stages, closed=closed)
         example = example if example is not None else getattr(module, "dummy_inputs", None)
         if example is None:
             raise ValueError(

@@ -28,8 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -39,8 +37,9 @@ from hybridpar.tensor import attention, channels, heads, hooks, norm, space
 from hybridpar.tensor.derive.plan import Derived
 from hybridpar.tensor.dropout import Dropout, restart
 from hybridpar.tensor.functional import mask_calls
+from hybridpar.tensor.patterns import around, beside, matched
 from hybridpar.tensor.sequence import Sequence
-from hybridpar.tensor.styles import STYLES, Channels, Layer, Site, build
+from hybridpar.tensor.styles import Channels, Layer, Site, build
 from hybridpar.wires.axis import Axis
 
 
@@ -93,7 +92,7 @@ def apply(
     """
     rename = _renamer(names or {})
     modules = {rename(name): (name, child) for name, child in module.named_modules(remove_duplicate=False)}
-    styles = _match(plan, list(modules), everything=names is None)
+    styles = matched(plan, list(modules), everything=names is None)
     children = {name: child for name, (_, child) in modules.items()}
     styles = hooks.heed(children, styles, axis.size)
     styles |= heads.inside(children, styles)
@@ -151,62 +150,29 @@ def _renamer(names: Mapping[str, str]) -> Callable[[str], str]:
     return rename
 
 
-def _match(plan: Mapping[str, str], names: list[str], everything: bool) -> dict[str, str]:
-    """The style of each name that a pattern fits, in the order of `names`."""
-    styles: dict[str, str] = {}
-    for pattern, style in plan.items():
-        if style not in STYLES:
-            raise ValueError(f'tensor plan: "{pattern}" has the style "{style}"; the styles are {", ".join(STYLES)}')
-        found = [name for name in names if fits(pattern, name)]
-        if everything and not found:
-            near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[1:4]
-            raise ValueError(f'tensor plan: "{pattern}" matches no module; the nearest are {", ".join(near)}')
-        for name in found:
-            styles.setdefault(name, style)
-    return {name: styles[name] for name in names if name in styles}
-
-
-def fits(pattern: str, name: str) -> bool:
-    parts, components = pattern.split("."), name.split(".")
-    return len(parts) == len(components) and all(map(fnmatchcase, components, parts))
-
-
-def _style(name: str, styles: Mapping[str, str]) -> str | None:
-    """The style of a module, or of the nearest module around it that has one."""
-    while name and name not in styles:
-        name = name.rpartition(".")[0]
-    return styles.get(name)
-
-
-def _beside(styles: Mapping[str, str], name: str) -> set[str]:
-    """The styles of the modules with the same parent."""
-    above = name.rpartition(".")[0]
-    return {style for other, style in styles.items() if other.rpartition(".")[0] == above}
-
-
 def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequence: bool) -> None:
     """ValueError for modules of which only the plan can say what they see, and it does not."""
     for name, child in modules.items():
         masks = isinstance(child, nn.Dropout) and child.p > 0
         weights = any(True for _ in child.parameters(recurse=False))
-        around = _style(name, styles)
+        above = around(name, styles)
         if styles.get(name) == "attention":
             attention.protocol(child, name)
         _refuse_among_channels(name, child, styles)
-        if not masks and not weights or name in styles and not (around == "attention" and weights):
+        if not masks and not weights or name in styles and not (above == "attention" and weights):
             continue
-        if around == "attention":
+        if above == "attention":
             if name.rpartition(".")[2] not in attention.CHILDREN or name in styles:
                 raise ValueError(
                     f"{name} is inside an attention that is cut by heads, and only {', '.join(attention.CHILDREN)} are "
                     f'known there: give it the style "partial" if it sees the heads, else "norm" or "dropout"'
                 )
-        elif around is None and sequence:
+        elif above is None and sequence:
             raise ValueError(
                 f"{name or 'the model itself'} has no entry in the tensor plan, which under sequence parallelism must "
                 f'say what it sees: "norm" or "dropout" for a piece of the tokens, "whole" for all of them'
             )
-        elif around is None and {"column", "row"} <= _beside(styles, name):
+        elif above is None and {"column", "row"} <= beside(styles, name):
             between = "hidden dropout" if masks else "partial"
             raise ValueError(
                 f"{name} has no entry in the tensor plan and stands beside a column and a row layer: it is "
@@ -217,18 +183,18 @@ def _refuse(modules: Mapping[str, nn.Module], styles: Mapping[str, str], sequenc
 def _refuse_among_channels(name: str, child: nn.Module, styles: Mapping[str, str]) -> None:
     """The same where channels or rows are cut: what has the wrong number of channels is found when it is called."""
     if name in styles:
-        if name and _style(name.rpartition(".")[0], styles) == "space" and styles[name] != "dropout":
+        if name and around(name.rpartition(".")[0], styles) == "space" and styles[name] != "dropout":
             raise ValueError(f'{name} has the style "{styles[name]}" inside of a module of style "space": leave it out')
         return
     masks = isinstance(child, nn.Dropout | Channels) and child.p > 0
     shared = isinstance(child, nn.PReLU) and child.num_parameters == 1
-    if (masks or shared) and {"conv column", "conv row"} <= _beside(styles, name):
+    if (masks or shared) and {"conv column", "conv row"} <= beside(styles, name):
         between, after = ("hidden dropout", "dropout") if masks else ("partial", "whole")
         raise ValueError(
             f"{name} has no entry in the tensor plan and stands beside a column and a row convolution: it is "
             f'"{between}" if it works between them, else "{after}"'
         )
-    if {"conv column", "conv row"} <= _beside(styles, name):
+    if {"conv column", "conv row"} <= beside(styles, name):
         channels.guard(child, name)
 
 
@@ -249,7 +215,7 @@ def _specs(
         name = rename(local)
         own = child.specs() if isinstance(child, Layer) else {}
         for leaf, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            whole = norm.spec(leaf, parameter, _style(name, styles), sequence)
+            whole = norm.spec(leaf, parameter, around(name, styles), sequence)
             spec = own.get(leaf, whole).renamed(name)
             specs[spec.name] = spec
     return specs
@@ -299,7 +265,7 @@ def _replicated(
         name = rename(local) or "the model itself"
         if _draws(child):
             found.append((name, f"{type(child).__name__} draws from torch's generator: its masks depend on the layout"))
-        elif _style(rename(local), styles) is None and any(True for _ in child.parameters(recurse=False)):
+        elif around(rename(local), styles) is None and any(True for _ in child.parameters(recurse=False)):
             found.append((name, "no entry in the tensor plan"))
     return tuple(found)
 

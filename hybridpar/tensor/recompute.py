@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from hybridpar.pipeline.budget import Budget
 from hybridpar.pipeline.skip import Pop, Stash
 from hybridpar.tensor.gates import KINDS
-from hybridpar.tensor.plan import fits
+from hybridpar.tensor.patterns import fits
 from hybridpar.tensor.recurrent import Recurrent
 
 Hook = Callable[..., Any]
