@@ -119,8 +119,53 @@ def test_gradients_that_are_summed_over_the_replicas(monkeypatch: pytest.MonkeyP
     from hybridpar.optim.compression import Wire
 
     monkeypatch.setattr(Wire, "start", lambda self, axis, flat, name: axis.start_allreduce(flat, "sum", name))
-    unclipped = lambda model: hp.DistributedOptimizer(plain_adam(model), model)  # noqa: E731
     found(training(init=DATA, stepper=unclipped), "doubled reduction", "head.norm", "summed over the data axis")
+
+
+def unclipped(model: Any) -> torch.optim.Optimizer:
+    return hp.DistributedOptimizer(plain_adam(model), model)
+
+
+def _noise(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient + 0.01 * torch.randn_like(gradient)
+
+
+@ranks(2)
+def test_a_hook_that_changes_a_gradient_on_one_replica() -> None:
+    def hooked(model: Any) -> None:
+        if model.world.rank == 1:
+            dict(model.named_parameters())["blocks.1.mlp.up.weight"].register_hook(_noise)
+
+    words = "blocks.1.mlp.up.weight is wrong on this rank before it is averaged, and right on the others"
+    report = found(training(init=DATA, prepared=hooked, stepper=unclipped), "one replica", "blocks.1.mlp.up", words)
+    assert report.finding.rank == 1
+    clipped = training(init=DATA, prepared=hooked)
+    found(clipped, "scaled", "head.norm", "or another gradient is wrong, and with it the norm that all are clipped by")
+
+
+@ranks(2)
+def test_a_hook_that_changes_what_has_come_to_a_gradient() -> None:
+    def added(p: torch.Tensor) -> None:
+        p.grad.copy_(_noise(p.grad))
+
+    def hooked(model: Any) -> None:
+        dict(model.named_parameters())["blocks.1.mlp.up.weight"].register_post_accumulate_grad_hook(added)
+
+    words = "give the right gradient of blocks.1.mlp.up.weight on every rank, and it is changed before"
+    train = training(init=DATA, prepared=hooked, stepper=unclipped)
+    found(train, "changed gradient", "blocks.1.mlp.up", words)
+
+
+@ranks(2)
+def test_noise_in_what_a_module_gives_on_one_replica() -> None:
+    def hooked(model: Any) -> None:
+        if model.world.rank == 1:
+            stage = next(iter(model._stages.values()))
+            block = dict(stage.named_modules())["units.0.blocks.1.mlp"]
+            block.register_forward_hook(lambda module, args, output: _noise(output))
+
+    report = found(training(init=DATA, prepared=hooked), "unknown", "blocks.1.mlp", "no signature fits")
+    assert report.finding.rank == 1
 
 
 @ranks(2)

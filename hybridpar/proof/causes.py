@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from hybridpar.proof.facts import CLOSE, Cause, Divergence, Facts, Mask, Part, module_of, near, told_by
-from hybridpar.proof.gradients import EVEN, counts, tied, unlike_averages, unsummed
+from hybridpar.proof.gradients import EVEN, counts, returned_wrongly, tied, unlike_averages, unsummed
 
 
 def likely(facts: Facts) -> Cause:
@@ -21,8 +21,9 @@ def likely(facts: Facts) -> Cause:
         cause = signature(facts)
         if cause is not None:
             return cause
-    module = facts.divergence.module if facts.divergence else None
-    return Cause("unknown", "no signature fits: look at what this module does differently when it is cut", module)
+    words = "no signature fits: look at what this module does differently when it is cut"
+    one = facts.divergence
+    return Cause("unknown", words, one.module, one.microbatch, one.rank) if one else Cause("unknown", words)
 
 
 # ---- the start
@@ -224,7 +225,7 @@ _BY_KIND: dict[str, tuple[Callable[[Facts], Cause | None], ...]] = {
     "weights at the start": (changed_apart, loaded_elsewhere, unequal_start),
     "loss": (*_FORWARD, weighed_loss),
     "gradients": (
-        drawn_again, masked, summed_wrongly, unlike_averages, tied, first_module, unsummed
+        drawn_again, masked, summed_wrongly, unlike_averages, tied, first_module, unsummed, returned_wrongly
     ),  # fmt: skip
     "buffers": (buffers_apart,),
     "updated parameters": (options_apart, not_stepped, never_seen, scaled_update),

@@ -60,6 +60,7 @@ def facts(recorder: Recorder, differences: Sequence[Difference], one: Difference
         whole = shared(world, ref.gradients if ref else {})
         shares = [shared(world, ref.shares[m] if ref else {}) for m in range(count)]
         common["fits"] = world.everyone.objects(_fit(recorder, step.gradients, wrong[world.rank], shares))
+        common["returned"] = world.everyone.objects(_returned(recorder, names, shares, told["parts"]))
         common["totals"] = _totals(recorder, step.gradients, one.name, whole, bool(step.clips))
         common["uses"] = _uses(recorder, step.gradients, one.name, shared(world, ref.uses if ref else {}))
     if one.kind == WEIGHTS:
@@ -145,6 +146,21 @@ def fit(columns: Tensor, found: Tensor) -> Fit:
     solved = torch.linalg.lstsq(columns, found[:, None], driver="gelsd").solution[:, 0]
     size = max(float(found.norm()), float(columns.sum(1).norm()), _TINY)
     return Fit(tuple(solved.tolist()), float((columns @ solved - found).norm()) / size)
+
+
+def _returned(
+    recorder: Recorder, names: Sequence[str], shares: Sequence[Mapping[str, Tensor]], parts: Sequence[Part]
+) -> tuple[str, float] | None:
+    """The parameter of this rank to which most wrongly its microbatches' gradients have come back, and how wrongly."""
+    world, found = recorder.model.world, []
+    own = [share for share, part in zip(shares, parts) if part.replica == world.data.index]
+    for name in (n for n in names if own and n in own[0] and n in recorder.watch.returned):
+        wanted = _shard(recorder, name, sum(share[name] for share in own))
+        here = recorder.watch.returned[name].cpu().double() / world.data.size
+        if here.shape == wanted.shape:
+            found.append((largest(here - wanted) / max(largest(wanted), _TINY), name))
+    worst = max(found, default=None)
+    return None if worst is None else (worst[1], worst[0])
 
 
 def _zeros(x: Tensor | None, like: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ class Facts:
     held: Sequence[int] = ()  # of each rank, how many names it has
     parts: Sequence[Part] = ()
     fits: Sequence[Fit | None] = ()  # of each rank's gradients, or updates
+    returned: Sequence[tuple[str, float] | None] = ()  # of each rank, before anything is averaged: the worst gradient
     totals: float = 1.0  # how far the sum over the tensor ranks is from the gradient
     uses: Fit | None = None  # of a tied gradient, by its uses
     use_names: Sequence[str] = ()

@@ -77,8 +77,11 @@ def _scaled(facts: Facts, factors: dict[int, float], everything: bool) -> Cause:
         if size > 1 and near(factor, 1 / size):
             return Cause("missing reduction", f"gradients are divided by the size of the {axis} axis once too often: "
                          f"they are {size} times too small", module)  # fmt: skip
+    # One wrong gradient gives a wrong norm, and clipping by that scales all the others.
+    norm = "; or another gradient is wrong, and with it the norm that all are clipped by: verify without clipping"
     return Cause("scaled", f"gradients are {factor:.6g} times what they should be: look at the weights of the "
-                 "microbatches and at what scales gradients before the optimizer steps", module)  # fmt: skip
+                 "microbatches and at what scales gradients before the optimizer steps"
+                 f"{norm * facts.clipped}", module)  # fmt: skip
 
 
 def tied(facts: Facts) -> Cause | None:
@@ -103,6 +106,25 @@ def unsummed(facts: Facts) -> Cause | None:
         return Cause("missing reduction", f"the gradient of {facts.name} is never summed over the tensor axis: each "
                      "rank has its own share", module_of(facts.name))  # fmt: skip
     return None
+
+
+def returned_wrongly(facts: Facts) -> Cause | None:
+    """Whether gradients are wrong as they come back from the backward pass, or become wrong later."""
+    told = [one for one in facts.returned if one is not None]
+    wrong = [rank for rank, one in enumerate(facts.returned) if one is not None and not one[1] < CLOSE]
+    if not told:
+        return None
+    if not wrong and not facts.clipped:
+        return Cause("changed gradient", f"the microbatches give the right gradient of {facts.name} on every rank, and "
+                     "it is changed before the optimizer steps: where it is averaged, by a hook, or by the script",
+                     module_of(facts.name))  # fmt: skip
+    replicas = {facts.places[rank][0] for rank in wrong}
+    if len(replicas) != 1 or facts.degrees[0] == 1:
+        return None
+    name = facts.returned[wrong[0]][0]
+    return Cause("one replica", f"the gradient of {name} is wrong on {'this rank' if len(wrong) == 1 else 'replica'}"
+                 f"{'' if len(wrong) == 1 else f' {replicas.pop()}'} before it is averaged, and right on the others: "
+                 "the script does something else there", module_of(name), rank=wrong[0])  # fmt: skip
 
 
 def _others(facts: Facts) -> str:

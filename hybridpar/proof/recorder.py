@@ -163,7 +163,8 @@ class Recorder(Silent):
         self.records.append(Step(batch, microbatches, model.steps, fresh, frozen, still, changed))
         if self.watched == len(self.records) - 1:
             self.watch = Watch(model._draw, model.world.tensor)
-            self.watch.attach(named_modules(model) if self.deeply else ())
+            if self.deeply:
+                self.watch.attach(named_modules(model), model.named_parameters())
         return batch
 
     def ends(self, model: ParallelModel, loss: float) -> None:

@@ -66,11 +66,17 @@ class Watch:
         self.readers: dict[str, list[str]] = {}  # module -> those that were given its output
         self.masks: list[Mask] = []
         self.bits: dict[tuple[str, int], Tensor] = {}  # whole masks by site and sample
+        self.returned: dict[str, Tensor] = {}  # what has come back to each parameter, before anything is averaged
         keep: Callable[..., Tensor] = draw.keep
         draw.keep = functools.partial(self._masked, keep)
 
-    def attach(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    def attach(
+        self, modules: Iterable[tuple[str, nn.Module]], parameters: Iterable[tuple[str, nn.Parameter]] = ()
+    ) -> None:
         """Watch these from now on."""
+        for name, p in parameters:
+            if p.requires_grad:
+                self._handles.append(p.register_hook(functools.partial(self._come_back, name)))
         for name, module in modules:
             if name:
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
@@ -112,6 +118,10 @@ class Watch:
 
     def _return(self, seen: Seen, gradient: Tensor) -> None:
         seen.gradient, seen.returned = gradient.detach().clone(), next(self._clock)
+
+    def _come_back(self, name: str, gradient: Tensor) -> None:
+        before = self.returned.get(name)
+        self.returned[name] = gradient.detach().clone() if before is None else before + gradient.detach()
 
     def _masked(
         self,
