@@ -129,8 +129,9 @@ class Cluster:
     def limit(self, rate: str | None) -> None:
         """Let every host send at most so much, as `tc` writes it ("200mbit"); None takes the limit away."""
         for first in self._first.values():
-            # A big burst, since a small one gives much less than the rate on a busy machine.
-            shape = ["replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "512kb", "limit", "8mb"]
+            # A big burst, since a small one gives much less than the rate on a busy machine. What waits longer than a
+            # real link's buffers hold is dropped, or big messages would delay all others by seconds.
+            shape = ["replace", "dev", "eth0", "root", "tbf", "rate", rate, "burst", "512kb", "latency", "200ms"]
             words = shape if rate else ["del", "dev", "eth0", "root"]
             _called([*_entered(first, "net"), "tc", "qdisc", *words])
 
