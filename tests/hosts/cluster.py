@@ -5,7 +5,8 @@
                      host a         host b        (network, name, mount and process namespaces; host.py is process 1)
 
 What root sees of the machine's own network is not touched. Nothing is left behind: every namespace lives as long as its
-first process, and that as long as a pipe which only we hold, so they end with us even if we are killed.
+first process, and that as long as a pipe which only we hold, so they end with us even if we are killed. (Sessions are
+scheduled as one group meanwhile, which a kill would leave so.)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _START_SECONDS = 30.0
 _VANISH_SECONDS = 15.0
 _NAMESPACES = ("net", "uts", "mnt", "pid")
 _DAEMONS = "sshd: "  # how they call themselves
+_AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def cluster(
     write_settings(folder, addresses)
     kept = {str(Path(path).absolute()) for path in (folder, *shared, CHECKOUT, sys.prefix, sys.base_prefix)}
     with ExitStack() as stack:
+        stack.enter_context(_one_group())
         first: dict[str, int] = {}
         for name in names:
             spaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private"]
@@ -236,6 +239,25 @@ def plain_environment() -> dict[str, str]:
 
 def _path() -> str:
     return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@contextmanager
+def _one_group() -> Iterator[None]:
+    """Let the kernel share out the cores among threads, not among sessions.
+
+    Our hosts share cores, which real ones do not. Linux 6.18 lets ranks of one session that yield to each other keep
+    those of another, another host's ranks among them, from the cores for as long as half a minute.
+    """
+    before = None
+    with suppress(OSError):
+        before = _AUTOGROUP.read_text()
+        _AUTOGROUP.write_text("0")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if before is not None:
+                _AUTOGROUP.write_text(before)
 
 
 @contextmanager
