@@ -79,8 +79,8 @@ def images(generator: torch.Generator) -> Batch:
     return pixels, torch.randint(5, (SAMPLES,), generator=generator)
 
 
-def volumes(generator: torch.Generator) -> Batch:
-    voxels = torch.randn(SAMPLES, 1, 8, 8, 4, generator=generator, dtype=torch.float64)
+def volumes(generator: torch.Generator, depth: int = 4) -> Batch:
+    voxels = torch.randn(SAMPLES, 1, 8, 8, depth, generator=generator, dtype=torch.float64)
     return voxels, (torch.rand(voxels.shape, generator=generator) < 0.3).double()
 
 
@@ -94,8 +94,8 @@ def words(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-def bert(**options: Any) -> BERT:
-    return BERT(vocabulary=37, width=24, depth=2, heads=12, context=10, **options)
+def bert(depth: int = 2, **options: Any) -> BERT:
+    return BERT(vocabulary=37, width=24, depth=depth, heads=12, context=10, **options)
 
 
 def unet(**options: Any) -> UNet:
@@ -116,6 +116,14 @@ FAMILIES = [
     Family("unet by space", unet, volumes, voxels, plan=UNet.space_plan),
     Family("unet by space at once", unet, volumes, voxels, plan={"": "space"}, pipeline=False),
     Family("speech", lambda: SpeechRecogniser(bands=6, words=5, width=20, depth=2), utterances, words),
+]
+
+
+LONG = [  # the same with as many parts as 8 stages need
+    Family("bert of 6 blocks", lambda: bert(6), masked_text, words, sequence=True),
+    Family("resnet of 6 blocks", lambda: ResNet(2, 5, (8, 16), depth=3, norm="group"), images, words),
+    Family("unet of 3 levels", lambda: UNet(1, 1, (8, 8, 8, 16)), lambda g: volumes(g, 8), voxels),
+    Family("speech of 6 layers", lambda: SpeechRecogniser(bands=6, words=5, width=20, depth=6), utterances, words),
 ]
 
 
@@ -172,15 +180,12 @@ def check(mesh: Any, family: Family, microbatches: int, sequence: bool) -> None:
 def proved(degrees: Mesh) -> None:
     mesh = opened(degrees)
     torch.set_num_threads(1)
-    for i, family in enumerate(FAMILIES):
+    for i, family in enumerate(FAMILIES if degrees.pipeline < 8 else LONG):
         if degrees.data > 1 and family.batch_norm or degrees.pipeline > 1 and not family.pipeline:
             continue
-        microbatches = 1 if family.batch_norm or i % 2 else 3
+        microbatches = 1 if family.batch_norm or i % 2 else min(3, SAMPLES // degrees.data)
         check(mesh, family, microbatches, sequence=family.sequence and degrees.tensor > 1 and i % 2 == 0)
     mesh.close()
-
-
-FEW = [Mesh(1, 2, 4), Mesh(2, 2, 2), Mesh(4, 2, 1)]
 
 
 @ranks(1, timeout=120)
@@ -201,6 +206,6 @@ def test_every_family_trains_on_every_mesh_of_4_ranks_as_one_process(degrees: Me
 
 
 @ranks(8, timeout=480)
-@pytest.mark.parametrize("degrees", FEW, ids=str)
-def test_every_family_trains_on_some_meshes_of_8_ranks_as_one_process(degrees: Mesh) -> None:
+@pytest.mark.parametrize("degrees", meshes(8), ids=str)
+def test_every_family_trains_on_every_mesh_of_8_ranks_as_one_process(degrees: Mesh) -> None:
     proved(degrees)
