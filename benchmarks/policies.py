@@ -244,7 +244,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         right.plot([count * one["ms"] / 1e3 for count in steps], losses, label=name)
     left.set(xlabel="steps", ylabel="loss of the text held back")
     right.set(xlabel="seconds")
-    left.legend()
+    right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, bbox_inches="tight")
 
 
