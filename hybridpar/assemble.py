@@ -191,9 +191,18 @@ def _pieces(
     draw: Draw,
 ) -> Chain | Skeleton:
     """How the module can be cut: by its chain, if it or the user names one, else by watching its forward."""
-    if stages == 1 or chain is not None or isinstance(module, nn.Sequential) or hasattr(module, "chain"):
-        return Chain(module, stages, chain, lambda units: unstacked(units, draw))
-    return Skeleton(module, stages, example, regions(plan or {}, [name for name, _ in module.named_modules()]))
+    closed = regions(plan or {}, [name for name, _ in module.named_modules(remove_duplicate=False)])
+    if stages > 1 and chain is None and not isinstance(module, nn.Sequential) and not hasattr(module, "chain"):
+        return Skeleton(module, stages, example, closed)
+    found = Chain(module, stages, chain, lambda units: unstacked(units, draw))
+    inside = [(unit, name) for unit in found.labels for name in closed if unit.startswith(f"{name}.".lstrip("."))]
+    if stages > 1 and inside:
+        unit, name = inside[0]
+        raise ValueError(
+            f'the tensor plan has {name or "the model itself"} run as one piece (style "space"), and a pipeline stage '
+            f"may begin at its part {unit}: give the style to smaller modules, or set pipeline=1"
+        )
+    return found
 
 
 def _bounds(

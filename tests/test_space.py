@@ -389,3 +389,17 @@ def test_a_step_of_a_cut_resnet_equals_one_process(plan: Mapping[str, str], rank
             found = whole(mean, replace(spec, partial=False), world.tensor) if spec.dim is not None else mean
             torch.testing.assert_close(found, plain.get_parameter(name).grad, **CLOSE)
     world.close()
+
+
+@ranks(2)
+def test_a_region_is_not_cut_into_stages() -> None:
+    mesh = hp.init(pipeline=2)
+    convs = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1))
+    words = r'has the model itself run as one piece \(style "space"\), and a pipeline stage may begin at its part 0'
+    with pytest.raises(ValueError, match=words):
+        hp.parallelize(convs, mesh, F.mse_loss, plan={"": "space"})
+    for plan, name in (({"body": "space"}, "body"), ({"": "space"}, "the model itself")):
+        net = nn.ModuleDict({"body": convs})
+        with pytest.raises(ValueError, match=f"outside of {name}, which the tensor plan has run as one piece"):
+            hp.parallelize(net, mesh, F.mse_loss, plan=plan, example=torch.zeros(1, 1, 4, 4))
+    mesh.close()

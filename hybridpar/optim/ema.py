@@ -73,7 +73,7 @@ class EMA:
     def check_apart(self, what: str) -> None:
         """Raises ValueError, naming `what` was called, if the model has the averages in the place of its weights."""
         if self.is_applied:
-            raise ValueError(f"{what} in ema.applied(), where weights and averages have changed places: call it after")
+            raise ValueError(f"{what} in ema.applied(), where weights and averages have changed places: call it later")
 
     @torch.no_grad()
     def _exchange(self, own: dict[str, Tensor]) -> dict[str, Tensor]:

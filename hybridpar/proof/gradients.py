@@ -124,7 +124,7 @@ def returned_wrongly(facts: Facts) -> Cause | None:
     name = facts.returned[wrong[0]][0]
     return Cause("one replica", f"the gradient of {name} is wrong on {'this rank' if len(wrong) == 1 else 'replica'}"
                  f"{'' if len(wrong) == 1 else f' {replicas.pop()}'} before it is averaged, and right on the others: "
-                 "the script does something else there", module_of(name), rank=wrong[0])  # fmt: skip
+                 "look for what the script does differently there", module_of(name), rank=wrong[0])  # fmt: skip
 
 
 def _others(facts: Facts) -> str:

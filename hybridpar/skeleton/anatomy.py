@@ -56,7 +56,7 @@ def dissect(module: nn.Module, blocks: int = 2, least: int = 2, closed: Set[str]
     if not lists and least > 1:
         return dissect(module, blocks, 1, closed)
     if not lists:
-        pieces = ", ".join(sorted(closed))
+        pieces = ", ".join(name or "the model itself" for name in sorted(closed))
         outside = f" outside of {pieces}, which the tensor plan has run as one piece (name smaller ones)" * bool(closed)
         raise ValueError(
             f"{type(module).__name__} cannot be cut into pipeline stages: it has no nn.ModuleList or nn.Sequential of "
