@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,13 +196,12 @@ def _pieces(
     if stages > 1 and chain is None and not isinstance(module, nn.Sequential) and not hasattr(module, "chain"):
         return Skeleton(module, stages, example, closed)
     found = Chain(module, stages, chain, lambda units: unstacked(units, draw))
-    inside = [(unit, name) for unit in found.labels for name in closed if unit.startswith(f"{name}.".lstrip("."))]
-    if stages > 1 and inside:
-        unit, name = inside[0]
-        raise ValueError(
-            f'the tensor plan has {name or "the model itself"} run as one piece (style "space"), and a pipeline stage '
-            f"may begin at its part {unit}: give the style to smaller modules, or set pipeline=1"
-        )
+    for unit, name in product(found.labels, closed):
+        if unit != name and unit.startswith(f"{name}.".lstrip(".")):
+            raise ValueError(
+                f'the tensor plan has {name or "the model itself"} run as one piece (style "space"), and a pipeline '
+                f"stage may begin at its part {unit}: give the style to smaller modules, or set pipeline=1"
+            )
     return found
 
 

@@ -122,9 +122,9 @@ def returned_wrongly(facts: Facts) -> Cause | None:
     if len(replicas) != 1 or facts.degrees[0] == 1:
         return None
     name = facts.returned[wrong[0]][0]
-    return Cause("one replica", f"the gradient of {name} is wrong on {'this rank' if len(wrong) == 1 else 'replica'}"
-                 f"{'' if len(wrong) == 1 else f' {replicas.pop()}'} before it is averaged, and right on the others: "
-                 "look for what the script does differently there", module_of(name), rank=wrong[0])  # fmt: skip
+    where = "this rank" if len(wrong) == 1 else f"replica {replicas.pop()}"
+    return Cause("one replica", f"the gradient of {name} is wrong on {where} before it is averaged, and right on the "
+                 "others: look for what the script does differently there", module_of(name), rank=wrong[0])  # fmt: skip
 
 
 def _others(facts: Facts) -> str:
